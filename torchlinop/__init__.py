@@ -1,0 +1,34 @@
+"""Curvature matrices of neural networks as linear operators for every numerical library."""
+
+from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
+from torchlinop.derivatives import FiniteDifference, ForwardOverReverse, ReverseOverReverse
+from torchlinop.errors import TorchlinopError, TorchlinopWarning
+from torchlinop.operators.base import CurvatureOperator
+from torchlinop.operators.check import CheckReport
+from torchlinop.operators.counting import CountingOperator
+from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
+from torchlinop.operators.hessian import HessianOperator
+from torchlinop.parameters import ParameterLayout, match_names, match_regex
+from torchlinop.space import VectorSpace
+
+__all__ = [
+    "CheckReport",
+    "CountingOperator",
+    "CurvatureOperator",
+    "FiniteDifference",
+    "ForwardOverReverse",
+    "HessianOperator",
+    "LambdaOperator",
+    "MatrixOperator",
+    "ParameterLayout",
+    "ReverseOverReverse",
+    "TorchlinopError",
+    "TorchlinopWarning",
+    "VectorSpace",
+    "as_linear_operator",
+    "from_linear_operator",
+    "match_names",
+    "match_regex",
+]
+
+__version__ = "0.1.0"

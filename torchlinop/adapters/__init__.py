@@ -1,0 +1,1 @@
+"""Operators handed to other numerical libraries, and theirs to ours."""

@@ -1,0 +1,156 @@
+"""A real ``scipy.sparse.linalg.LinearOperator`` over our operators, and the way back."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+from tqdm import tqdm
+
+from torchlinop.adapters.dlpack import Array, array_of, host_array, numpy_dtype, tensor_of, torch_dtype
+from torchlinop.errors import VectorError
+from torchlinop.operators.base import CurvatureOperator
+from torchlinop.operators.counting import CountingOperator
+from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
+
+
+def as_linear_operator(
+    operator: CurvatureOperator, *, max_matvecs: int | None = None, progress: bool = False
+) -> SciPyOperator:
+    """``operator`` for every solver of SciPy (and PyLops, pyamg, PRIMME).
+
+    Vectors are shared with torch, not copied, when operator and solver agree on the dtype and
+    the operator is on the CPU; otherwise one copy is made each way. Results are always new,
+    writable memory. bfloat16 and float16 operators declare float32.
+
+    Args:
+        operator: any operator; scale and shift it *before* wrapping it (``2.0 * operator``).
+        max_matvecs: a budget; the product beyond it raises ProductBudgetError.
+        progress: show a bar that counts products, on a terminal.
+
+    Example:
+        >>> A = as_linear_operator(LambdaOperator(3, lambda v: 2 * v))
+        >>> A @ np.ones(3, dtype=np.float32)
+        array([2., 2., 2.], dtype=float32)
+    """
+    return SciPyOperator(operator, max_matvecs, progress)
+
+
+class SciPyOperator(LinearOperator):  # type: ignore[type-arg]  # the dtype is known at run time
+    """The adapter that ``as_linear_operator`` returns. One block product a call."""
+
+    def __init__(
+        self, operator: CurvatureOperator, max_matvecs: int | None = None, progress: bool = False
+    ) -> None:
+        super().__init__(numpy_dtype(operator.dtype), operator.shape)
+        self.args = ()  # documented by SciPy
+        self.operator = operator
+        self._counted = CountingOperator(operator, max_matvecs)
+        self._options = (max_matvecs, progress)
+        # disable=None: silent where the output is not a terminal.
+        self._bar = tqdm(total=max_matvecs, unit="matvec", disable=None if progress else True)
+
+    @property
+    def matvecs(self) -> int:
+        """Columns multiplied so far."""
+        return self._counted.matvecs
+
+    @property
+    def matmats(self) -> int:
+        """Calls of the operator so far."""
+        return self._counted.matmats
+
+    def _matvec(self, x: object) -> Array:
+        """``A x`` for (n,) and (n, 1), or of every row of a batch (..., n)."""
+        v = host_array(x)
+        n = self.shape[1]
+        if v.ndim == 1:
+            return self._multiply(v[:, None])[:, 0]
+        if v.shape == (n, 1):
+            return self._multiply(v)
+        return self._multiply(v.reshape(-1, n).T).T.reshape(v.shape)
+
+    def _matmat(self, X: object) -> Array:
+        """``A X`` for (n, k) in any memory order, or of every block of a batch (..., n, k)."""
+        V = host_array(X.toarray() if scipy.sparse.issparse(X) else X)
+        if V.ndim == 2:
+            return self._multiply(V)
+        columns = np.moveaxis(V, -2, 0)
+        AV = self._multiply(columns.reshape(self.shape[1], -1))
+        return np.moveaxis(AV.reshape(columns.shape), 0, -2)
+
+    def _multiply(self, V: Array) -> Array:
+        """The block product in the operator's dtype, returned as NumPy would promote it."""
+        dtype = np.result_type(self.dtype, V.dtype)
+        if np.iscomplexobj(V) and not self.operator.dtype.is_complex:
+            parts = self._multiply(np.concatenate([V.real, V.imag], axis=1))
+            k = V.shape[1]
+            return (parts[:, :k] + 1j * parts[:, k:]).astype(dtype, copy=False)
+        AV = self._counted.matmat(tensor_of(V, self.operator.dtype, self.operator.device))
+        self._bar.update(V.shape[1])
+        return array_of(AV).astype(dtype, copy=False)
+
+    _rmatvec = _matvec  # self-adjoint
+    _rmatmat = _matmat
+
+    def _adjoint(self) -> SciPyOperator:
+        return self
+
+    def _transpose(self) -> Any:
+        return super()._transpose() if self.operator.dtype.is_complex else self
+
+    def _scaled(self, factor: float) -> SciPyOperator:
+        return SciPyOperator(self.operator * float(factor), *self._options)
+
+    # Scaled here, 2.0 * A32 stays float32. SciPy 1.17 declares it float64, and then ARPACK
+    # chases digits that the products do not have.
+    def __mul__(self, x: Any) -> Any:
+        return self._scaled(x) if isinstance(x, numbers.Real) else super().__mul__(x)
+
+    def __rmul__(self, x: Any) -> Any:
+        return self._scaled(x) if isinstance(x, numbers.Real) else super().__rmul__(x)
+
+    def __truediv__(self, x: Any) -> Any:
+        return self._scaled(1 / x) if isinstance(x, numbers.Real) else super().__truediv__(x)
+
+    def __neg__(self) -> SciPyOperator:
+        return self._scaled(-1.0)
+
+    def __reduce__(self) -> tuple[type[SciPyOperator], tuple[Any, ...]]:
+        return SciPyOperator, (self.operator, *self._options)
+
+    def __repr__(self) -> str:
+        return f"<SciPyOperator of {self.operator!r}>"
+
+
+def from_linear_operator(A: Any) -> CurvatureOperator:
+    """A symmetric matrix of another library as one of our operators.
+
+    ``A`` is a dense array or tensor (n, n), a SciPy sparse matrix or array, a SciPy
+    LinearOperator, or anything with ``shape``, ``dtype`` and ``@``. Integer matrices act in
+    float64. Symmetry is taken on trust: ``.check()`` measures it.
+
+    Raises:
+        VectorError: A is not square.
+    """
+    if isinstance(A, CurvatureOperator):
+        return A
+    if isinstance(A, SciPyOperator):
+        return A.operator
+    if isinstance(A, Tensor):
+        return MatrixOperator(A)
+    if len(A.shape) != 2 or A.shape[0] != A.shape[1]:
+        raise VectorError(f"expected a square matrix, got shape {tuple(A.shape)}")
+    dtype = torch_dtype(A.dtype)
+    if isinstance(A, np.ndarray):
+        return MatrixOperator(tensor_of(A, dtype, torch.device("cpu")))
+
+    def product(V: Tensor) -> Tensor:
+        return tensor_of(np.asarray(A @ array_of(V)), dtype, torch.device("cpu"))
+
+    return LambdaOperator(A.shape[0], product, matmat=product, dtype=dtype)

@@ -1,0 +1,139 @@
+"""Ways to differentiate a scalar function twice: maps V ↦ H V that share the work done at θ."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ScalarFunction = Callable[[Tensor], Tensor]
+
+log = logging.getLogger("torchlinop")
+
+
+class HessianMap(Protocol):
+    """``V ↦ H V`` for blocks (n, k), all columns in one pass; ``last`` lets it free its memory."""
+
+    def __call__(self, V: Tensor, *, last: bool = False) -> Tensor: ...
+
+
+class Derivative(Protocol):
+    """A way to differentiate a scalar function of a flat vector (n,) twice."""
+
+    shares_work: bool  # whether the map holds work done at theta, worth keeping between products
+
+    def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
+        """The Hessian of ``f`` at ``theta`` as a map of blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReverseOverReverse:
+    """Exact: reverse mode through the graph of the gradient, which is built once (Pearlmutter 1994).
+
+    Costs about one gradient to build, about two a column; memory of two activation graphs.
+    """
+
+    shares_work: bool = True
+
+    def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
+        theta = theta.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(f(theta), theta, create_graph=True)
+
+        def product(V: Tensor, *, last: bool = False) -> Tensor:
+            if not gradient.requires_grad:  # f is linear
+                return torch.zeros_like(V)
+            block = V.shape[1] > 1
+            (HV,) = torch.autograd.grad(
+                gradient,
+                theta,
+                V.mT if block else V[:, 0],
+                retain_graph=not last,
+                is_grads_batched=block,
+                materialize_grads=True,
+            )
+            return HV.mT if block else HV[:, None]
+
+        return product
+
+
+@dataclass(frozen=True)
+class ForwardOverReverse:
+    """Exact: forward mode through the gradient; nothing is kept, so memory stays at two gradients.
+
+    Costs about four gradients a column. Where an operation has no forward rule, the products
+    are taken by ``fallback``, and the log says so once a batch.
+    """
+
+    fallback: Derivative = ReverseOverReverse()
+    shares_work: bool = False
+
+    def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
+        theta = theta.detach()
+        gradient = torch.func.grad(f)
+        missing: list[HessianMap] = []
+
+        def column(v: Tensor) -> Tensor:
+            tangent: Tensor = torch.func.jvp(gradient, (theta,), (v,))[1]
+            return tangent
+
+        def product(V: Tensor, *, last: bool = False) -> Tensor:
+            if not missing:
+                try:
+                    if V.shape[1] == 1:
+                        return column(V[:, 0])[:, None]
+                    return torch.func.vmap(column, in_dims=1, out_dims=1)(V)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # NotImplementedError is one, too
+                    log.info("no forward-over-reverse product, using %s: %s", self.fallback, error)
+                    missing.append(self.fallback.hvp(f, theta))
+            return missing[0](V, last=last)
+
+        return product
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """Central differences of gradients: the memory of one gradient, an error of order u^(2/3).
+
+    The step along a direction v has Euclidean length ``step``, by default u^(1/3) (1 + ‖θ‖)
+    with u the unit roundoff, whatever the length of v; the quotient is taken over the
+    difference θ₊ − θ₋ as it was rounded. Costs two gradients a column.
+    """
+
+    step: float | None = None
+    shares_work: bool = False
+
+    def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
+        theta = theta.detach()
+        roundoff = torch.finfo(theta.dtype).eps / 2
+        step = self.step or roundoff ** (1 / 3) * (1 + torch.linalg.vector_norm(theta))
+
+        def gradient(point: Tensor) -> Tensor:
+            point = point.requires_grad_()
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(f(point), point)
+            return g
+
+        def column(v: Tensor) -> Tensor:
+            # Scaled by the largest entry first, so that no square under- or overflows; clamped
+            # rather than tested for zero, which would make the host wait for the device.
+            tiny = torch.finfo(v.dtype).tiny
+            largest = torch.linalg.vector_norm(v, torch.inf).clamp_min(tiny)
+            scaled = v / largest
+            length = torch.linalg.vector_norm(scaled).clamp_min(tiny)
+            unit = scaled / length
+            plus, minus = theta + step * unit, theta - step * unit
+            moved = torch.dot(plus - minus, unit).clamp_min(tiny)
+            return (gradient(plus) - gradient(minus)) * (length / moved) * largest
+
+        def product(V: Tensor, *, last: bool = False) -> Tensor:
+            return torch.stack([column(v) for v in V.unbind(1)], dim=1)
+
+        return product

@@ -1,0 +1,85 @@
+"""What can go wrong, as exceptions that say what was expected, what came, and what to do."""
+
+
+class TorchlinopError(Exception):
+    """Base class of every error raised by torchlinop."""
+
+
+class VectorError(TorchlinopError, ValueError):
+    """A vector or block has the wrong shape, dtype, device or memory."""
+
+
+class OptionError(TorchlinopError, ValueError):
+    """An option has a value that is not among its choices."""
+
+
+class ParameterError(TorchlinopError, ValueError):
+    """A parameter cannot be part of a flat real vector."""
+
+
+class NoParametersError(ParameterError):
+    """No parameter is left to differentiate with respect to."""
+
+
+class DataError(TorchlinopError, ValueError):
+    """The data do not define a fixed matrix."""
+
+
+class EmptyDataError(DataError):
+    """The data hold no batch, or no loss term."""
+
+
+class OneShotDataError(DataError):
+    """The data can be read only once, but every product reads them again."""
+
+
+class NonDeterministicDataError(DataError):
+    """Two passes over the data gave two different objectives."""
+
+
+class BatchError(DataError):
+    """A batch has a form that cannot be counted, split or moved."""
+
+
+class WeightingError(DataError):
+    """It is unknown how much each batch counts in the mean."""
+
+
+class LossShapeError(TorchlinopError, ValueError):
+    """The loss is not a differentiable scalar."""
+
+
+class DoubleBackwardError(TorchlinopError, RuntimeError):
+    """An operation of the model has no second derivative."""
+
+
+class CheckpointError(DoubleBackwardError):
+    """Activation checkpointing stands in the way of second derivatives."""
+
+
+class NonFiniteError(TorchlinopError, ArithmeticError):
+    """A loss, gradient or product holds NaN or infinity."""
+
+
+class SymmetryError(TorchlinopError, ArithmeticError):
+    """A matrix that should be symmetric, linear or repeatable is not."""
+
+
+class ProductBudgetError(TorchlinopError, RuntimeError):
+    """A solver asked for more products than it was granted."""
+
+
+class TorchlinopWarning(UserWarning):
+    """Base class of every warning given by torchlinop."""
+
+
+class TrainModeWarning(TorchlinopWarning):
+    """The model is in training mode, but the matrix is that of evaluation mode."""
+
+
+class UnusedParameterWarning(TorchlinopWarning):
+    """Some selected parameters do not influence the loss: their rows are zero."""
+
+
+class PrecisionWarning(TorchlinopWarning):
+    """Products are noisier than the dtype of the vectors suggests."""

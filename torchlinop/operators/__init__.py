@@ -1,0 +1,1 @@
+"""Curvature matrices as operators, and what can be built from them."""

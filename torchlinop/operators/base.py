@@ -1,0 +1,222 @@
+"""A symmetric matrix known by its products, closed under linear combination and restriction."""
+
+from __future__ import annotations
+
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchlinop.errors import NoParametersError, VectorError
+from torchlinop.operators.check import CheckReport, check
+from torchlinop.parameters import ParameterLayout, ParamFilter
+from torchlinop.space import VectorSpace
+
+
+class CurvatureOperator(ABC):
+    """A symmetric (Hermitian, if complex) matrix A of shape (n, n), known by ``V ↦ A V``.
+
+    A subclass writes ``_matmat``. Sums, differences, real multiples, shifts and restrictions of
+    operators are operators.
+    """
+
+    def __init__(
+        self,
+        space: VectorSpace,
+        *,
+        layout: ParameterLayout | None = None,
+        description: Sequence[str] = (),
+    ) -> None:
+        self.space = space
+        self.layout = layout  # the model's tensors in the flat vector, if it has any
+        self.description = tuple(description)  # facts shown by repr and check
+
+    @abstractmethod
+    def _matmat(self, V: Tensor) -> Tensor:
+        """A V for a block (n, k) of this space, as fresh memory in any dense layout."""
+
+    @property
+    def size(self) -> int:
+        """n, the number of rows and columns."""
+        return self.space.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.size, self.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.space.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.space.device
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """A V for a block (n, k): a new tensor (n, k), detached. Costs k products, in few passes.
+
+        Raises:
+            VectorError: V has another shape, dtype or device than a block of this space.
+        """
+        if V.ndim != 2 or V.shape[0] != self.size:
+            raise VectorError(f"expected a block of shape ({self.size}, k), got {tuple(V.shape)}")
+        return self._product(V)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """A v for a vector (n,): a new tensor (n,), detached. Costs one product.
+
+        Raises:
+            VectorError: v has another shape, dtype or device than a vector of this space.
+        """
+        if v.shape != (self.size,):
+            raise VectorError(f"expected a vector of shape ({self.size},), got {tuple(v.shape)}")
+        return self._product(v[:, None])[:, 0]
+
+    def _product(self, V: Tensor) -> Tensor:
+        if V.dtype != self.dtype or V.device != self.device:
+            raise VectorError(
+                f"expected {self.dtype} on {self.device}, got {V.dtype} on {V.device}; "
+                f"pass v.to({self.dtype}, device={str(self.device)!r})"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            V = V.clone() if V.is_inference() else V.detach()
+            if V.shape[1] == 0:
+                return torch.empty_like(V)
+            AV = self._matmat(V)
+            # A product that hands its input through would let callers overwrite it.
+            return AV.clone() if _shares_memory(AV, V) else AV
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        return self.matvec(other) if other.ndim == 1 else self.matmat(other)
+
+    def to_dense(self, chunk: int = 256) -> Tensor:
+        """The matrix itself, (n, n). Costs n products, taken ``chunk`` columns at a time."""
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for start in range(0, self.size, chunk):
+            stop = min(start + chunk, self.size)
+            E = torch.zeros(self.size, stop - start, dtype=self.dtype, device=self.device)
+            E[start:stop].fill_diagonal_(1)
+            dense[:, start:stop] = self.matmat(E)
+        return dense
+
+    def restrict(self, selection: ParamFilter | Tensor) -> Restriction:
+        """The block A[I, I] of the rows and columns selected. Each product costs one of A.
+
+        ``selection`` is a filter of parameters, or a tensor (m,) of distinct indices. Building
+        an operator with ``param_filter`` gives the same block of a Hessian for less.
+        """
+        if isinstance(selection, Tensor):
+            return Restriction(self, selection, None)
+        if self.layout is None:
+            raise NoParametersError(
+                f"{type(self).__name__} has no named parameters to filter; "
+                "restrict it with a tensor of indices"
+            )
+        slots = self.layout.restrict(selection)
+        indices = torch.cat([torch.arange(slot.offset, slot.stop) for slot in slots])
+        return Restriction(self, indices, self.layout.packed(slots))
+
+    def shift(self, sigma: float) -> CurvatureOperator:
+        """A + σ I."""
+        return LinearCombination([(1.0, self)], sigma)
+
+    def check(self, *, seed: int = 0, strict: bool = False) -> CheckReport:
+        """Measure in five products whether this is a fixed symmetric linear map, and its noise.
+
+        ``strict=True`` raises SymmetryError or NonFiniteError where it is not.
+        """
+        return check(self, seed=seed, strict=strict)
+
+    def __add__(self, other: CurvatureOperator) -> CurvatureOperator:
+        if not isinstance(other, CurvatureOperator):
+            return NotImplemented
+        return LinearCombination([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: CurvatureOperator) -> CurvatureOperator:
+        if not isinstance(other, CurvatureOperator):
+            return NotImplemented
+        return LinearCombination([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, factor: float) -> CurvatureOperator:
+        if not isinstance(factor, numbers.Real):
+            return NotImplemented
+        return LinearCombination([(float(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> CurvatureOperator:
+        return self * (1 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
+
+    def __neg__(self) -> CurvatureOperator:
+        return self * -1.0
+
+    def __repr__(self) -> str:
+        n = f"{self.size:,}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        facts = [f"{type(self).__name__} {n}x{n} {dtype} {self.device}", *self.description]
+        return f"<{' | '.join(facts)}>"
+
+
+class LinearCombination(CurvatureOperator):
+    """``Σ a_i A_i + σ I`` with real coefficients. A product costs one of every A_i."""
+
+    def __init__(
+        self, terms: Sequence[tuple[float, CurvatureOperator]], sigma: float = 0.0
+    ) -> None:
+        first = terms[0][1]
+        for _, operator in terms:
+            if operator.space != first.space:
+                raise VectorError(
+                    f"expected operators on one space, got {first!r} and {operator!r}; "
+                    "build both from the same parameters, dtype and device"
+                )
+        written = [f"{a:g} {type(operator).__name__}" for a, operator in terms]
+        written += [f"{sigma:g} I"] if sigma else []
+        layout = first.layout if all(A.layout == first.layout for _, A in terms) else None
+        super().__init__(first.space, layout=layout, description=[" + ".join(written)])
+        self.terms = tuple(terms)
+        self.sigma = sigma
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        total = self.sigma * V
+        for coefficient, operator in self.terms:
+            total.add_(operator.matmat(V), alpha=coefficient)
+        return total
+
+
+class Restriction(CurvatureOperator):
+    """``A[I, I]``: the rows and columns I of an operator. A product costs one of A."""
+
+    def __init__(
+        self, operator: CurvatureOperator, indices: Tensor, layout: ParameterLayout | None
+    ) -> None:
+        indices = indices.to(operator.device)
+        if indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
+            raise VectorError(
+                f"expected a non-empty int64 tensor of indices (m,), got {indices.dtype} of "
+                f"shape {tuple(indices.shape)}; pass mask.nonzero()[:, 0] for a mask"
+            )
+        inside = (indices >= 0) & (indices < operator.size)
+        if not inside.all() or len(indices.unique()) != len(indices):
+            raise VectorError(
+                f"expected distinct indices from 0 to {operator.size - 1}, got "
+                f"{len(indices)} from {int(indices.min())} to {int(indices.max())} "
+                f"({len(indices.unique())} distinct)"
+            )
+        space = VectorSpace(len(indices), operator.dtype, operator.device)
+        description = f"{len(indices):,} of {operator.size:,} rows of {type(operator).__name__}"
+        super().__init__(space, layout=layout, description=[description])
+        self.operator = operator
+        self.indices = indices
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        embedded = V.new_zeros(self.operator.size, V.shape[1]).index_copy_(0, self.indices, V)
+        return self.operator.matmat(embedded).index_select(0, self.indices)
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

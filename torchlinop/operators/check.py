@@ -1,0 +1,108 @@
+"""Measures whether a product is a fixed symmetric linear map, and how noisy it is."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchlinop.errors import NonFiniteError, PrecisionWarning, SymmetryError
+
+if TYPE_CHECKING:
+    from torchlinop.operators.base import CurvatureOperator
+
+_FACTOR = 0.7548776662466927  # irrational, so that scaling by it rounds every product anew
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Defects of a product, each relative to the norm of the product."""
+
+    operator: str  # its repr
+    repeatability: float  # ‖A v - (A v)'‖ of two products with one v
+    symmetry: float  # |⟨u, A v⟩ - ⟨A u, v⟩| / (‖u‖ ‖A v‖ + ‖v‖ ‖A u‖)
+    linearity: float  # ‖A(u + c v) - A u - c A v‖
+    noise: float  # ‖A(c v) - c A v‖: what rounding alone does to a product
+    norm: float  # ‖A v‖ for a unit vector v, after a step of power iteration: a scale of A
+    finite: bool
+    tolerance: float  # what repeatability, symmetry and linearity are held to
+
+    @property
+    def ok(self) -> bool:
+        """Whether every defect is within what the noise of products explains."""
+        worst = max(self.repeatability, self.symmetry, self.linearity)
+        return self.finite and worst <= self.tolerance
+
+    def __repr__(self) -> str:
+        if not self.finite:
+            return f"CheckReport  FAILED: products are not finite\n  {self.operator}"
+        rows = [
+            ("repeatability", self.repeatability, "two products with one v"),
+            ("symmetry", self.symmetry, "<u, A v> against <A u, v>"),
+            ("linearity", self.linearity, "A (u + c v) against A u + c A v"),
+        ]
+        lines = [f"CheckReport  {'ok' if self.ok else 'FAILED'}", f"  {self.operator}"]
+        for name, value, meaning in rows:
+            verdict = "ok    " if value <= self.tolerance else "FAILED"
+            lines.append(f"  {name:14} {value:.1e}  {verdict}  {meaning}")
+        lines.append(f"  noise          {self.noise:.1e}          of a product, by rounding")
+        lines.append(f"  norm           {self.norm:.1e}          a lower bound of the largest |λ|")
+        return "\n".join(lines)
+
+
+def check(operator: CurvatureOperator, *, seed: int = 0, strict: bool = False) -> CheckReport:
+    """Take five products of ``operator`` and report their defects.
+
+    Warns with PrecisionWarning when products are much noisier than the dtype of the vectors.
+
+    Raises:
+        NonFiniteError, SymmetryError: with ``strict``, where the report is not ok.
+    """
+    space = operator.space
+    u, v = space.random(2, seed).unbind(1)
+    Av = operator.matvec(v)
+    v = Av / space.norm(Av).clamp_min(torch.finfo(space.dtype).tiny)  # towards the large |λ|
+    u = u / space.norm(u)
+    Av, Au = operator.matvec(v), operator.matvec(u)
+    scaled, mixed = operator.matvec(_FACTOR * v), operator.matvec(u + _FACTOR * v)
+    again = operator.matvec(v)
+
+    def relative(difference: Tensor, *scales: Tensor) -> float:
+        scale = sum(float(space.norm(s)) for s in scales)
+        return float(space.norm(difference)) / scale if scale else 0.0
+
+    products = torch.stack([Av, Au, scaled, mixed, again])
+    products_at = float(space.norm(Au)) + float(space.norm(Av))
+    defect = abs(complex(torch.vdot(u, Av) - torch.vdot(Au, v)))
+    eps = torch.finfo(space.dtype).eps
+    noise = relative(scaled - _FACTOR * Av, _FACTOR * Av)
+    report = CheckReport(
+        operator=repr(operator),
+        repeatability=relative(again - Av, Av),
+        symmetry=defect / products_at if products_at else 0.0,
+        linearity=relative(mixed - Au - _FACTOR * Av, Au, Av),
+        noise=noise,
+        norm=float(space.norm(Av)),
+        finite=bool(torch.isfinite(products).all()),
+        tolerance=max(100 * eps, 10 * min(noise, 0.01)),
+    )
+    if strict and not report.finite:
+        raise NonFiniteError(f"the products of {operator!r} hold NaN or infinity")
+    if strict and not report.ok:
+        raise SymmetryError(
+            f"|<u,Av>-<v,Au>| = {report.symmetry:.0e}, linearity defect {report.linearity:.0e}, "
+            f"repeatability {report.repeatability:.0e}; noise floor {report.noise:.0e} of the "
+            f"product of {operator!r}. Look for randomness in the product"
+        )
+    if report.finite and report.noise > 1000 * eps:
+        warnings.warn(
+            f"product noise is {report.noise:.0e} of the norm, in {space.dtype} vectors; "
+            f"eigenvalues below {report.noise * report.norm:.1g} and tol < {report.noise:.0e} are "
+            "not meaningful.",
+            PrecisionWarning,
+            stacklevel=3,
+        )
+    return report

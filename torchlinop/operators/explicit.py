@@ -1,0 +1,64 @@
+"""Matrices the user already has: as entries (MatrixOperator), or as a product (LambdaOperator)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchlinop.errors import VectorError
+from torchlinop.operators.base import CurvatureOperator
+from torchlinop.space import VectorSpace
+
+
+class MatrixOperator(CurvatureOperator):
+    """A symmetric (or Hermitian) matrix given by its entries, a tensor (n, n), used in place."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise VectorError(f"expected a square matrix, got shape {tuple(matrix.shape)}")
+        if not (matrix.is_floating_point() or matrix.is_complex()):
+            raise VectorError(f"expected floating-point entries, got {matrix.dtype}; use .double()")
+        super().__init__(VectorSpace(len(matrix), matrix.dtype, matrix.device))
+        self.matrix = matrix.detach()
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.matrix @ V
+
+
+class LambdaOperator(CurvatureOperator):
+    """A symmetric matrix given by its product ``matvec: (n,) -> (n,)``.
+
+    ``matmat: (n, k) -> (n, k)`` takes blocks in one call; without it, columns are taken one by
+    one. Results are copied, as nothing is known about the memory they are in.
+
+    Example:
+        >>> LambdaOperator(3, lambda v: 2.0 * v) @ torch.ones(3)
+        tensor([2., 2., 2.])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        matvec: Callable[[Tensor], Tensor],
+        *,
+        matmat: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(VectorSpace(size, dtype, torch.device(device)))
+        self._of_vector = matvec
+        self._of_block = matmat or self._column_by_column
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        AV = self._of_vector(V[:, 0])[:, None] if V.shape[1] == 1 else self._of_block(V)
+        if AV.shape != V.shape or AV.dtype != V.dtype or AV.device != V.device:
+            raise VectorError(
+                f"expected the product to return {V.dtype} of shape {tuple(V.shape)} on "
+                f"{V.device}, got {AV.dtype} of shape {tuple(AV.shape)} on {AV.device}"
+            )
+        return AV.clone(memory_format=torch.contiguous_format)
+
+    def _column_by_column(self, V: Tensor) -> Tensor:
+        return torch.stack([self._of_vector(v) for v in V.unbind(1)], dim=1)

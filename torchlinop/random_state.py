@@ -1,0 +1,30 @@
+"""The global random states of Python, NumPy and torch, put back as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the states of Python, NumPy, torch's CPU and ``device`` return."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def reseed(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices) alike."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

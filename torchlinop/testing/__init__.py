@@ -1,0 +1,1 @@
+"""Dense oracles and problems with known answers, for tests of operators and solvers."""

@@ -1,0 +1,209 @@
+"""Small models and data, seeded and without downloads, on which operators are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, batches and a loss, with the loss on all data in one piece for the oracle."""
+
+    model: nn.Module
+    batches: list[Any]
+    loss_fn: Loss  # the mean over the loss terms of a batch
+    full_batch: Any
+
+    def full_loss(self) -> Tensor:
+        """The objective, evaluated at once by the model's own parameters."""
+        return self.loss_fn(self.model, self.full_batch)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of ``(inputs, labels)``; labels of -100 are left out."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def mean_squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean squared error over all entries of ``(inputs, targets)``."""
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def language_model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss a Hugging Face model computes itself: mean over unmasked next tokens."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def in_batches(full: Any, *sizes: int) -> list[Any]:
+    """A tuple or dict of tensors cut along the first axis into batches of the given sizes."""
+    if isinstance(full, dict):
+        columns = [t.split(list(sizes)) for t in full.values()]
+        return [dict(zip(full, parts, strict=True)) for parts in zip(*columns, strict=True)]
+    return list(zip(*(t.split(list(sizes)) for t in full), strict=True))
+
+
+def mlp(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (9, 9, 5)) -> Problem:
+    """A tanh MLP on 23 samples of 6 features in 3 classes (n = 53)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    full = (torch.randn(23, 6, dtype=dtype), torch.randint(0, 3, (23,)))
+    return Problem(model, in_batches(full, *sizes), cross_entropy, full)
+
+
+def cnn(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2)) -> Problem:
+    """A CNN with BatchNorm (statistics of its own) and Dropout, in eval mode, on 11 images."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(3 * 9, 4),
+    ).to(dtype)
+    full = (torch.randn(11, 1, 6, 6, dtype=dtype), torch.randint(0, 4, (11,)))
+    model.train()
+    model(full[0])  # running statistics that are not the default ones
+    return Problem(model.eval(), in_batches(full, *sizes), cross_entropy, full)
+
+
+def _language_problem(model: nn.Module, vocabulary: int, sizes: tuple[int, ...]) -> Problem:
+    tokens = torch.randint(0, vocabulary, (sum(sizes), 7))
+    lengths = torch.tensor([7, 4, 5, 2, 6, 3])[: sum(sizes)]
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    full = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "labels": tokens.masked_fill(mask == 0, -100),
+    }
+    return Problem(model.eval(), in_batches(full, *sizes), language_model_loss, full)
+
+
+def gpt2(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
+    """GPT-2 from a small config (tied head, default attention) on padded rows with -100 labels."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return _language_problem(GPT2LMHeadModel(config).to(dtype), 11, sizes)
+
+
+def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
+    """Llama from a small config (SiLU, RMSNorm, rotary positions, grouped heads), padded rows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _language_problem(LlamaForCausalLM(config).to(dtype), 11, sizes)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, cell: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = cell(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.rnn(x)[0][:, -1])
+        return out
+
+
+def recurrent(
+    cell: type[nn.RNNBase] = nn.LSTM,
+    dtype: torch.dtype = torch.float64,
+    sizes: tuple[int, ...] = (4, 3),
+) -> Problem:
+    """An LSTM or GRU read out at its last step, on 7 sequences of 5 steps."""
+    torch.manual_seed(4)
+    full = (torch.randn(7, 5, 3, dtype=dtype), torch.randint(0, 2, (7,)))
+    return Problem(_Recurrent(cell).to(dtype), in_batches(full, *sizes), cross_entropy, full)
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.mix(self.embed(tokens))))
+        return out
+
+
+def tied(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (4, 3)) -> Problem:
+    """An embedding whose weight is also the output layer's."""
+    torch.manual_seed(5)
+    full = (torch.randint(0, 7, (7,)), torch.randint(0, 7, (7,)))
+    return Problem(_Tied().to(dtype), in_batches(full, *sizes), cross_entropy, full)
+
+
+class Checkpointed(nn.Module):
+    """Two layers whose activations are recomputed in the backward pass."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.use_reentrant = use_reentrant
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()  # reentrant checkpointing wants such an input
+        hidden = checkpoint(self._hidden, x, use_reentrant=self.use_reentrant)
+        out: Tensor = self.second(hidden)
+        return out
+
+
+def checkpointed(
+    use_reentrant: bool = False,
+    dtype: torch.dtype = torch.float64,
+    sizes: tuple[int, ...] = (9, 9, 5),
+) -> Problem:
+    """The MLP of ``mlp`` with activation checkpointing."""
+    plain = mlp(dtype, sizes)
+    torch.manual_seed(6)
+    model = Checkpointed(use_reentrant).to(dtype)
+    return Problem(model, plain.batches, cross_entropy, plain.full_batch)
+
+
+def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A symmetric matrix with these eigenvalues (n,) and its eigenvectors (n, n), as columns.
+
+    The eigenvectors are Haar distributed: the Q of a Gaussian matrix with R's diagonal positive.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(eigenvalues)
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    Q = (Q * R.diagonal().sign()).to(eigenvalues.dtype)
+    A = (Q * eigenvalues) @ Q.T
+    return (A + A.T) / 2, Q
