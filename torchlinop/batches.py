@@ -168,9 +168,7 @@ def read(data: Iterable[Batch], num_batches: int | None, device: torch.device) -
         yield to_device(batch, device)
 
 
-def pin(
-    data: Iterable[Batch], num_batches: int | None, device: torch.device
-) -> tuple[Batch, ...]:
+def pin(data: Iterable[Batch], num_batches: int | None, device: torch.device) -> tuple[Batch, ...]:
     """All batches, read once and kept on ``device``; the global random state is left as found.
 
     Batches given in a list are kept as they are; those an iterator yields are copied where

@@ -18,7 +18,9 @@ _COMPILED = "does not currently support double backward"
 
 
 @contextmanager
-def second_derivatives_explained(model: nn.Module, evaluate: Callable[[], Tensor]) -> Iterator[None]:
+def second_derivatives_explained(
+    model: nn.Module, evaluate: Callable[[], Tensor]
+) -> Iterator[None]:
     """Turn what autograd says about a missing second derivative into what to do about it.
 
     ``evaluate`` computes the loss once more, to find the module at fault.
@@ -48,7 +50,7 @@ def second_derivatives_explained(model: nn.Module, evaluate: Callable[[], Tensor
         if _ONCE in text:
             raise DoubleBackwardError(
                 "an autograd.Function of the model is marked @once_differentiable, so it has no "
-                'second derivative. Write its backward with torch operations, or use '
+                "second derivative. Write its backward with torch operations, or use "
                 'method="finite_difference"'
             ) from error
         if _COMPILED in text:

@@ -93,9 +93,9 @@ class Objective:
                 return BATCH_MEAN
             return find_weighting(batches, evaluate, _roundoff(layout.precision))
 
-        def evaluate(batch: Batch) -> float:
+        def evaluate(batch: Batch) -> Tensor:
             with borrowed.borrowed(), torch.no_grad():
-                return float(_scalar(loss_fn(borrowed.place(layout.split(theta)), batch)))
+                return _scalar(loss_fn(borrowed.place(layout.split(theta)), batch))
 
         read = pinned_data if pin_data else reread_data
         data = read(dataloader, few, microbatch_size, theta.device, weighting_of)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchlinop.batches import Batch, count_samples, describe, join, take, tensors
@@ -15,7 +16,7 @@ from torchlinop.errors import WeightingError
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
 Count = Callable[[Batch], float]
-Loss = Callable[[Batch], float]
+Loss = Callable[[Batch], Tensor]  # a scalar
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,10 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
             return possible[0]
         raise WeightingError(_unknown(batches, "no two of them can be joined to find out"))
     whole, a, b = parts
-    values = loss(whole), loss(a), loss(b)
+    losses = [loss(whole), loss(a), loss(b)]
+    values = [float(value) for value in losses]
     # The parts are summed in another order, so each loss carries some tens of roundoffs.
+    roundoff = max(roundoff, torch.finfo(losses[0].dtype).eps)
     tolerance = 200 * roundoff * sum(map(abs, values))
     misfits = [
         abs(values[0] - (rule.count(a) * values[1] + rule.count(b) * values[2]) / total)
@@ -107,7 +110,9 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
     misfits.append(abs(values[0] - values[1] - values[2]))
     fits = [(m, r) for m, r in zip(misfits, [*possible, SUM], strict=True) if m <= tolerance]
     if not fits:
-        raise WeightingError(_unknown(batches, "no count of terms explains the loss of their parts"))
+        raise WeightingError(
+            _unknown(batches, "no count of terms explains the loss of their parts")
+        )
     least = min(misfit for misfit, _ in fits)
     return next(rule for misfit, rule in fits if misfit <= 2 * least + tolerance / 50)
 

@@ -12,7 +12,14 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
-from torchlinop.adapters.dlpack import Array, array_of, host_array, numpy_dtype, tensor_of, torch_dtype
+from torchlinop.adapters.dlpack import (
+    Array,
+    array_of,
+    host_array,
+    numpy_dtype,
+    tensor_of,
+    torch_dtype,
+)
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.counting import CountingOperator

@@ -93,7 +93,7 @@ class HessianOperator(CurvatureOperator):
 
     @property
     def linearization(self) -> str:
-        """"kept" or "rebuilt": what was decided about the graphs at θ."""
+        """ "kept" or "rebuilt": what was decided about the graphs at θ."""
         return self._terms.name
 
     def loss(self) -> Tensor:

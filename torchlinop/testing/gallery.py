@@ -42,8 +42,14 @@ def mean_squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor
     return F.mse_loss(model(batch[0]), batch[1])
 
 
-def language_model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss a Hugging Face model computes itself: mean over unmasked next tokens."""
+def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the unmasked next tokens, in the precision of the model."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def hugging_face_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss a Hugging Face model computes itself, always in float32."""
     loss: Tensor = model(**batch).loss
     return loss
 
@@ -91,7 +97,7 @@ def _language_problem(model: nn.Module, vocabulary: int, sizes: tuple[int, ...])
         "attention_mask": mask,
         "labels": tokens.masked_fill(mask == 0, -100),
     }
-    return Problem(model.eval(), in_batches(full, *sizes), language_model_loss, full)
+    return Problem(model.eval(), in_batches(full, *sizes), next_token_loss, full)
 
 
 def gpt2(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
@@ -100,13 +106,16 @@ def gpt2(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1))
 
     torch.manual_seed(2)
     config = GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     return _language_problem(GPT2LMHeadModel(config).to(dtype), 11, sizes)
 
 
 def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
-    """Llama from a small config (SiLU, RMSNorm, rotary positions, grouped heads), padded rows."""
+    """Llama from a small config (SiLU, RMSNorm, rotary positions, grouped heads), padded rows.
+
+    Its own RMSNorm computes in float32 whatever the dtype, so torch's takes its place.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -121,7 +130,11 @@ def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
         bos_token_id=0,
         eos_token_id=0,
     )
-    return _language_problem(LlamaForCausalLM(config).to(dtype), 11, sizes)
+    model = LlamaForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            model.set_submodule(name, nn.RMSNorm(8, eps=config.rms_norm_eps))
+    return _language_problem(model.to(dtype), 11, sizes)
 
 
 class _Recurrent(nn.Module):
