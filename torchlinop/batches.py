@@ -47,17 +47,22 @@ def tree_map(function: Leaf, batch: Batch) -> Batch:
     if isinstance(batch, Mapping):
         return {key: tree_map(function, value) for key, value in batch.items()}
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        same = copy.copy(batch)
+        replica = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            object.__setattr__(same, field.name, tree_map(function, getattr(batch, field.name)))
-        return same
+            object.__setattr__(replica, field.name, tree_map(function, getattr(batch, field.name)))
+        return replica
     return batch
 
 
 def tensors(batch: Batch) -> list[Tensor]:
     """The tensors of a batch in tree order."""
     found: list[Tensor] = []
-    tree_map(lambda tensor: (found.append(tensor), tensor)[1], batch)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    tree_map(note, batch)
     return found
 
 
@@ -115,7 +120,7 @@ def split(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 
 def join(a: Batch, b: Batch) -> Batch | None:
-    """Both batches as one, joined along the sample axis; None where their shapes do not allow it."""
+    """Both batches as one, joined along the sample axis; None where shapes do not allow it."""
     of_b = tensors(b)
     if [t.shape[1:] for t in tensors(a)] != [t.shape[1:] for t in of_b]:
         return None
@@ -177,7 +182,9 @@ def pin(data: Iterable[Batch], num_batches: int | None, device: torch.device) ->
     Raises:
         EmptyDataError: there is no batch.
     """
-    keep = (lambda b: b) if isinstance(data, list) or is_one_batch(data) else detached_copy
+    keep: Callable[[Batch], Batch] = (
+        (lambda b: b) if isinstance(data, list) or is_one_batch(data) else detached_copy
+    )
     with preserved_random_state(device):
         batches = tuple(keep(batch) for batch in read(data, num_batches, device))
     if not batches:

@@ -19,11 +19,16 @@ from torchlinop.weighting import Weighting
 class WeightedData(Protocol):
     """Batches b with shares ``w_b / Σ w`` (or 1 for a sum), in the same order at every pass."""
 
-    pinned: bool
-    weighting: Weighting
-    samples: int  # of all batches; 0 if they cannot be counted
-    batches: int
-    why_passes_differ: str
+    @property
+    def pinned(self) -> bool: ...
+    @property
+    def weighting(self) -> Weighting: ...
+    @property
+    def samples(self) -> int: ...  # of all batches; 0 if they cannot be counted
+    @property
+    def batches(self) -> int: ...
+    @property
+    def why_passes_differ(self) -> str: ...
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]: ...
 

@@ -24,7 +24,10 @@ class HessianMap(Protocol):
 class Derivative(Protocol):
     """A way to differentiate a scalar function of a flat vector (n,) twice."""
 
-    shares_work: bool  # whether the map holds work done at theta, worth keeping between products
+    @property
+    def shares_work(self) -> bool:
+        """Whether the map holds work done at theta, worth keeping between products."""
+        ...
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         """The Hessian of ``f`` at ``theta`` as a map of blocks."""
@@ -33,12 +36,12 @@ class Derivative(Protocol):
 
 @dataclass(frozen=True)
 class ReverseOverReverse:
-    """Exact: reverse mode through the graph of the gradient, which is built once (Pearlmutter 1994).
+    """Exact: reverse mode through the graph of the gradient, which is built once.
 
     Costs about one gradient to build, about two a column; memory of two activation graphs.
     """
 
-    shares_work: bool = True
+    shares_work = True
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach().requires_grad_()
@@ -71,7 +74,7 @@ class ForwardOverReverse:
     """
 
     fallback: Derivative = ReverseOverReverse()
-    shares_work: bool = False
+    shares_work = False
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach()
@@ -108,7 +111,7 @@ class FiniteDifference:
     """
 
     step: float | None = None
-    shares_work: bool = False
+    shares_work = False
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach()
@@ -131,7 +134,8 @@ class FiniteDifference:
             unit = scaled / length
             plus, minus = theta + step * unit, theta - step * unit
             moved = torch.dot(plus - minus, unit).clamp_min(tiny)
-            return (gradient(plus) - gradient(minus)) * (length / moved) * largest
+            difference = gradient(plus) - gradient(minus)
+            return difference.mul_(length / moved * largest)
 
         def product(V: Tensor, *, last: bool = False) -> Tensor:
             return torch.stack([column(v) for v in V.unbind(1)], dim=1)

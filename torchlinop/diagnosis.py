@@ -75,7 +75,7 @@ def _module_of(model: nn.Module, evaluate: Callable[[], Tensor], node_name: str)
     def claim(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             first = output[0] if isinstance(output, tuple | list) and output else output
-            stack = [first.grad_fn] if isinstance(first, Tensor) and first.grad_fn else []
+            stack: list[Node | None] = [first.grad_fn] if isinstance(first, Tensor) else []
             while stack:
                 node = stack.pop()
                 if node is None or node in claimed:

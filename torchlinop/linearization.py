@@ -81,11 +81,12 @@ def linearization(
     policy: Policy,
     objective: Objective,
     derivative: Derivative,
+    *,
     facts: Preflight,
     memory_budget: int | None,
     column_chunk: int | None,
 ) -> Linearization:
-    """Keep the work at θ when it fits: within ``memory_budget`` bytes, by default half of what is free.
+    """Keep the work at θ if ``memory_budget`` bytes hold it, by default half of the free ones.
 
     Raises:
         OptionError: unknown policy, or "keep" where there is nothing that can be kept.

@@ -1,4 +1,4 @@
-"""Which parameters of a model are differentiated, and which slot of the flat vector each one has."""
+"""Which parameters are differentiated, and which slot of the flat vector each one has."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def match_names(*patterns: str) -> NameFilter:
 
 
 def match_regex(*patterns: str) -> NameFilter:
-    """Filter by regular expressions, found anywhere in the name.
+    r"""Filter by regular expressions, found anywhere in the name.
 
     Example:
-        >>> match_regex(r"blocks\\.\\d+\\.mlp\\.")("blocks.11.mlp.weight", None)
+        >>> match_regex(r"blocks\.\d+\.mlp\.")("blocks.11.mlp.weight", None)
         True
     """
     return NameFilter(patterns, tuple(re.compile(p) for p in patterns))
@@ -50,7 +50,7 @@ def match_regex(*patterns: str) -> NameFilter:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's place in the flat vector: entries ``offset`` to ``offset + numel``, row-major."""
+    """One tensor's place in the flat vector: entries ``offset`` to ``stop``, row-major."""
 
     names: tuple[str, ...]  # the first is the parameter's name, the others are its aliases
     shape: torch.Size

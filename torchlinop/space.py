@@ -32,7 +32,8 @@ class VectorSpace:
 
         The only method that a sharded space lets communicate.
         """
-        return X.mH @ Y
+
+        return product
 
     def norm(self, v: Tensor) -> Tensor:
         """Euclidean norm of a vector (n,), or of every column of a block (n, k)."""
@@ -61,12 +62,13 @@ def _gaussian(n: int, generator: torch.Generator) -> Tensor:
 
 
 def _rademacher(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (n,), generator=generator)
+    return signs.double().mul_(2).sub_(1)
 
 
 def _sphere(n: int, generator: torch.Generator) -> Tensor:
     v = _gaussian(n, generator)
-    return v * (n**0.5 / torch.linalg.vector_norm(v))
+    return v.mul_(n**0.5 / torch.linalg.vector_norm(v))
 
 
 _DISTRIBUTIONS = {"gaussian": _gaussian, "rademacher": _rademacher, "sphere": _sphere}

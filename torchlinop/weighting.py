@@ -52,7 +52,7 @@ def unmasked_labels(batch: Batch) -> float:
 
 
 def unmasked_next_tokens(batch: Batch) -> float:
-    """Labels that are not -100, without the first of each sequence, as in causal language models."""
+    """Labels that are not -100 but for the first of each sequence: causal language models."""
     found = labels(batch)
     if found is None or found.ndim < 2:
         return math.nan
@@ -110,9 +110,7 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
     misfits.append(abs(values[0] - values[1] - values[2]))
     fits = [(m, r) for m, r in zip(misfits, [*possible, SUM], strict=True) if m <= tolerance]
     if not fits:
-        raise WeightingError(
-            _unknown(batches, "no count of terms explains the loss of their parts")
-        )
+        raise WeightingError(_unknown(batches, "no count explains the loss of their parts"))
     least = min(misfit for misfit, _ in fits)
     return next(rule for misfit, rule in fits if misfit <= 2 * least + tolerance / 50)
 
@@ -120,7 +118,7 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
 def _telling_parts(
     batches: Sequence[Batch], rules: Sequence[Weighting]
 ) -> tuple[Batch, Batch, Batch] | None:
-    """A whole and its two parts, such that the rules weigh the parts differently if they ever do."""
+    """A whole and its two parts that the rules weigh differently, if they ever do."""
     fallback = None
     for whole, a, b in itertools.islice(_wholes_and_parts(batches), 64):
         if all(rule.count(part) > 0 for rule in rules for part in (a, b)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from torchlinop.errors import VectorError
 
 Array = NDArray[np.generic]
 
-_NUMPY_OF_TORCH = {
+_NUMPY_OF_TORCH: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype(np.float64),
     torch.float32: np.dtype(np.float32),
     torch.complex64: np.dtype(np.complex64),
@@ -28,7 +30,7 @@ _TORCH_OF_NUMPY = {
 }
 
 
-def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """The NumPy dtype in which vectors of a torch dtype are exchanged."""
     return _NUMPY_OF_TORCH[dtype]
 

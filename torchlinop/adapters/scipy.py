@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse
 import torch
+from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
@@ -48,13 +49,13 @@ def as_linear_operator(
     return SciPyOperator(operator, max_matvecs, progress)
 
 
-class SciPyOperator(LinearOperator):  # type: ignore[type-arg]  # the dtype is known at run time
+class SciPyOperator(LinearOperator):
     """The adapter that ``as_linear_operator`` returns. One block product a call."""
 
     def __init__(
         self, operator: CurvatureOperator, max_matvecs: int | None = None, progress: bool = False
     ) -> None:
-        super().__init__(numpy_dtype(operator.dtype), operator.shape)
+        super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
         self.args = ()  # documented by SciPy
         self.operator = operator
         self._counted = CountingOperator(operator, max_matvecs)
@@ -84,7 +85,7 @@ class SciPyOperator(LinearOperator):  # type: ignore[type-arg]  # the dtype is k
 
     def _matmat(self, X: object) -> Array:
         """``A X`` for (n, k) in any memory order, or of every block of a batch (..., n, k)."""
-        V = host_array(X.toarray() if scipy.sparse.issparse(X) else X)
+        V = host_array(cast(Any, X).toarray() if scipy.sparse.issparse(X) else X)
         if V.ndim == 2:
             return self._multiply(V)
         columns = np.moveaxis(V, -2, 0)
@@ -97,7 +98,9 @@ class SciPyOperator(LinearOperator):  # type: ignore[type-arg]  # the dtype is k
         if np.iscomplexobj(V) and not self.operator.dtype.is_complex:
             parts = self._multiply(np.concatenate([V.real, V.imag], axis=1))
             k = V.shape[1]
-            return (parts[:, :k] + 1j * parts[:, k:]).astype(dtype, copy=False)
+            both: NDArray[np.complexfloating] = np.empty(V.shape, dtype)
+            both.real, both.imag = parts[:, :k], parts[:, k:]
+            return both
         AV = self._counted.matmat(tensor_of(V, self.operator.dtype, self.operator.device))
         self._bar.update(V.shape[1])
         return array_of(AV).astype(dtype, copy=False)
@@ -109,9 +112,10 @@ class SciPyOperator(LinearOperator):  # type: ignore[type-arg]  # the dtype is k
         return self
 
     def _transpose(self) -> Any:
-        return super()._transpose() if self.operator.dtype.is_complex else self
+        transpose = super()._transpose  # type: ignore[misc]  # the stubs leave it out
+        return transpose() if self.operator.dtype.is_complex else self
 
-    def _scaled(self, factor: float) -> SciPyOperator:
+    def _scaled(self, factor: Any) -> SciPyOperator:
         return SciPyOperator(self.operator * float(factor), *self._options)
 
     # Scaled here, 2.0 * A32 stays float32. SciPy 1.17 declares it float64, and then ARPACK
@@ -125,7 +129,7 @@ class SciPyOperator(LinearOperator):  # type: ignore[type-arg]  # the dtype is k
     def __truediv__(self, x: Any) -> Any:
         return self._scaled(1 / x) if isinstance(x, numbers.Real) else super().__truediv__(x)
 
-    def __neg__(self) -> SciPyOperator:
+    def __neg__(self) -> Any:
         return self._scaled(-1.0)
 
     def __reduce__(self) -> tuple[type[SciPyOperator], tuple[Any, ...]]:

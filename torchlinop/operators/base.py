@@ -149,7 +149,9 @@ class CurvatureOperator(ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> CurvatureOperator:
-        return self * (1 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
+        if not isinstance(divisor, numbers.Real):
+            return NotImplemented
+        return self * (1 / float(divisor))
 
     def __neg__(self) -> CurvatureOperator:
         return self * -1.0

@@ -74,7 +74,12 @@ class HessianOperator(CurvatureOperator):
         facts = preflight(objective, second_order=derivative.shares_work)
         self.objective = objective
         self._terms = _linearization(
-            linearization, objective, derivative, facts, memory_budget, column_chunk
+            linearization,
+            objective,
+            derivative,
+            facts=facts,
+            memory_budget=memory_budget,
+            column_chunk=column_chunk,
         )
         self._proven_finite = False
         super().__init__(
@@ -93,7 +98,7 @@ class HessianOperator(CurvatureOperator):
 
     @property
     def linearization(self) -> str:
-        """ "kept" or "rebuilt": what was decided about the graphs at θ."""
+        """What was decided about the graphs at θ: "kept" or "rebuilt"."""
         return self._terms.name
 
     def loss(self) -> Tensor:

@@ -108,7 +108,8 @@ def gpt2(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1))
     config = GPT2Config(
         vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
-    return _language_problem(GPT2LMHeadModel(config).to(dtype), 11, sizes)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return _language_problem(model.to(dtype), 11, sizes)
 
 
 def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
@@ -130,7 +131,7 @@ def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(config)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
             model.set_submodule(name, nn.RMSNorm(8, eps=config.rms_norm_eps))
@@ -138,7 +139,7 @@ def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
 
 
 class _Recurrent(nn.Module):
-    def __init__(self, cell: type[nn.RNNBase]) -> None:
+    def __init__(self, cell: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
         self.rnn = cell(3, 4, batch_first=True)
         self.head = nn.Linear(4, 2)
@@ -149,7 +150,7 @@ class _Recurrent(nn.Module):
 
 
 def recurrent(
-    cell: type[nn.RNNBase] = nn.LSTM,
+    cell: Callable[..., nn.RNNBase] = nn.LSTM,
     dtype: torch.dtype = torch.float64,
     sizes: tuple[int, ...] = (4, 3),
 ) -> Problem:
