@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,7 +83,11 @@ class ForwardOverReverse:
         missing: list[HessianMap] = []
 
         def column(v: Tensor) -> Tensor:
-            tangent: Tensor = torch.func.jvp(gradient, (theta,), (v,))[1]
+            with warnings.catch_warnings():
+                # The first forward derivative of a process makes torch use what it deprecates.
+                warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+                warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+                tangent: Tensor = torch.func.jvp(gradient, (theta,), (v,))[1]
             return tangent
 
         def product(V: Tensor, *, last: bool = False) -> Tensor:

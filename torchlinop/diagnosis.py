@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torchlinop.errors import CheckpointError, DoubleBackwardError
 
 _NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
 _ONCE = "marked with @once_differentiable"
-_REENTRANT = "Checkpointing is not compatible with"
 _COMPILED = "does not currently support double backward"
 
 
@@ -26,7 +25,6 @@ def second_derivatives_explained(
     ``evaluate`` computes the loss once more, to find the module at fault.
 
     Raises:
-        CheckpointError: a segment uses reentrant checkpointing.
         DoubleBackwardError: an operation has no second derivative.
     """
     try:
@@ -34,12 +32,6 @@ def second_derivatives_explained(
     except RuntimeError as error:
         text = str(error)
         operation = _NO_DERIVATIVE.search(text)
-        if _REENTRANT in text:
-            raise CheckpointError(
-                "the model uses reentrant checkpointing, which cannot be differentiated twice. "
-                "Call checkpoint(..., use_reentrant=False), or with Hugging Face "
-                'model.gradient_checkpointing_enable({"use_reentrant": False})'
-            ) from error
         if operation:
             node = _node_name(operation[1])
             raise DoubleBackwardError(
@@ -61,6 +53,31 @@ def second_derivatives_explained(
         raise
 
 
+def refuse_reentrant_checkpointing(loss: Tensor) -> None:
+    """Raise CheckpointError if a segment of the loss's graph is checkpointed reentrantly.
+
+    Such a segment is opaque to autograd: parameters used inside would seem to have no influence.
+    """
+    if any(node.name().startswith("CheckpointFunction") for node in _ancestors([loss.grad_fn])):
+        raise CheckpointError(
+            "the model uses reentrant checkpointing, which cannot be differentiated twice. "
+            "Call checkpoint(..., use_reentrant=False), or with Hugging Face "
+            'model.gradient_checkpointing_enable({"use_reentrant": False})'
+        )
+
+
+def _ancestors(roots: Iterable[Node | None], known: set[Node] | None = None) -> Iterator[Node]:
+    """The nodes of a graph above ``roots``, each once; those in ``known`` are left out."""
+    known = set() if known is None else known
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            yield node
+            stack.extend(parent for parent, _ in node.next_functions)
+
+
 def _node_name(operation: str) -> str:
     """``aten::_flash_attention_backward`` -> ``flashattention``, as forward nodes are named."""
     name = operation.removeprefix("aten::").removesuffix("_backward")
@@ -75,15 +92,9 @@ def _module_of(model: nn.Module, evaluate: Callable[[], Tensor], node_name: str)
     def claim(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             first = output[0] if isinstance(output, tuple | list) and output else output
-            stack: list[Node | None] = [first.grad_fn] if isinstance(first, Tensor) else []
-            while stack:
-                node = stack.pop()
-                if node is None or node in claimed:
-                    continue
-                claimed.add(node)
-                if node.name().lower().startswith(node_name):
-                    culprits.append(name)
-                stack.extend(parent for parent, _ in node.next_functions)
+            made = _ancestors([first.grad_fn] if isinstance(first, Tensor) else [], claimed)
+            if any(node.name().lower().startswith(node_name) for node in list(made)):
+                culprits.append(name)
 
         return hook
 

@@ -63,11 +63,11 @@ class BorrowedModel:
         }
 
     @contextmanager
-    def borrowed(self, stream: int = 0) -> Iterator[None]:
+    def borrowed(self, stream: int = 0, mode: Mode | None = None) -> Iterator[None]:
         """Hold the model: inside, ``place`` may be called, and all random numbers are pinned.
 
         ``stream`` numbers the batch: dropout masks (``mode="train"``) and noise drawn by the
-        loss depend on (seed, stream) alone. The parameters placed last stay until the end, so
+        loss depend on (seed, stream) alone. ``mode`` replaces the operator's for once. The parameters placed last stay until the end, so
         that checkpointed segments are recomputed with them during a backward pass.
         """
         with ExitStack() as stack:
@@ -77,7 +77,7 @@ class BorrowedModel:
             stack.enter_context(preserved_random_state(self.device))
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
             reseed(int(key[0]))
-            self.module.train(self.mode == "train")
+            self.module.train((mode or self.mode) == "train")
             yield
 
     def place(self, parameters: Mapping[str, Tensor]) -> nn.Module:

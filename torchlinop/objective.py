@@ -94,7 +94,8 @@ class Objective:
             return find_weighting(batches, evaluate, _roundoff(layout.precision))
 
         def evaluate(batch: Batch) -> Tensor:
-            with borrowed.borrowed(), torch.no_grad():
+            # In eval mode always: dropout would hide how the loss is reduced.
+            with borrowed.borrowed(mode="eval"), torch.no_grad():
                 return _scalar(loss_fn(borrowed.place(layout.split(theta)), batch))
 
         read = pinned_data if pin_data else reread_data

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import tensors
+from torchlinop.diagnosis import refuse_reentrant_checkpointing
 from torchlinop.errors import LossShapeError, UnusedParameterWarning
 from torchlinop.memory import SavedBytes
 from torchlinop.objective import Objective
@@ -67,6 +68,7 @@ def _gradient_facts(
                 "the loss does not require grad: was it computed under no_grad, or detached, "
                 "or do the selected parameters not enter it? Return a loss with its graph"
             )
+        refuse_reentrant_checkpointing(loss)
         with _Recomputation(objective.model.module) as recomputation:
             gradients = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, create_graph=second_order

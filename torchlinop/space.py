@@ -32,12 +32,12 @@ class VectorSpace:
 
         The only method that a sharded space lets communicate.
         """
-
-        return product
+        return torch.matmul(X.mH, Y)
 
     def norm(self, v: Tensor) -> Tensor:
         """Euclidean norm of a vector (n,), or of every column of a block (n, k)."""
-        return torch.linalg.vector_norm(v, dim=0)
+        norms: Tensor = torch.linalg.vector_norm(v, dim=0)
+        return norms
 
     def random(
         self, columns: int, seed: int = 0, distribution: Distribution = "gaussian"

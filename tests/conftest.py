@@ -1,0 +1,21 @@
+"""What all tests share: seeds, threads, and third-party warnings at import time."""
+
+import warnings
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # What these packages do when they are first imported is not ours to fail on.
+    warnings.simplefilter("ignore")
+    for package in ("curvlinops", "transformers", "pylops"):
+        try:
+            __import__(package)
+        except ImportError:
+            continue
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
