@@ -11,7 +11,6 @@ from torchlinop import HessianOperator, as_linear_operator
 from torchlinop.errors import TorchlinopError
 from torchlinop.testing import gallery
 
-
 BATCHES = gallery.mlp().batches
 
 

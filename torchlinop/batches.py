@@ -68,10 +68,15 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on ``device``; a leaf of another library is moved by its own ``.to``."""
-    moved = tree_map(lambda tensor: tensor.to(device), batch)
+    moved = tree_map(lambda tensor: _differentiable(tensor.to(device)), batch)
     if moved is batch and isinstance(batch, _Movable) and not isinstance(batch, Tensor):
         return batch.to(device)
     return moved
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Tensors made in inference mode cannot enter a graph; their copies can."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def detached_copy(batch: Batch) -> Batch:

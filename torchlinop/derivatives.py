@@ -30,6 +30,11 @@ class Derivative(Protocol):
         """Whether the map holds work done at theta, worth keeping between products."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether second derivatives are taken by autograd."""
+        ...
+
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         """The Hessian of ``f`` at ``theta`` as a map of blocks."""
         ...
@@ -43,6 +48,7 @@ class ReverseOverReverse:
     """
 
     shares_work = True
+    exact = True
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach().requires_grad_()
@@ -76,6 +82,7 @@ class ForwardOverReverse:
 
     fallback: Derivative = ReverseOverReverse()
     shares_work = False
+    exact = True
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach()
@@ -117,6 +124,7 @@ class FiniteDifference:
 
     step: float | None = None
     shares_work = False
+    exact = False
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach()

@@ -12,7 +12,6 @@ from torch.autograd.graph import Node
 from torchlinop.errors import CheckpointError, DoubleBackwardError
 
 _NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
-_ONCE = "marked with @once_differentiable"
 _COMPILED = "does not currently support double backward"
 
 
@@ -39,12 +38,6 @@ def second_derivatives_explained(
                 'Load the model with attn_implementation="eager" if it is an attention kernel, '
                 'or use method="finite_difference"'
             ) from error
-        if _ONCE in text:
-            raise DoubleBackwardError(
-                "an autograd.Function of the model is marked @once_differentiable, so it has no "
-                "second derivative. Write its backward with torch operations, or use "
-                'method="finite_difference"'
-            ) from error
         if _COMPILED in text:
             raise DoubleBackwardError(
                 "a compiled function was differentiated twice, which torch.compile does not "
@@ -53,17 +46,28 @@ def second_derivatives_explained(
         raise
 
 
-def refuse_reentrant_checkpointing(loss: Tensor) -> None:
-    """Raise CheckpointError if a segment of the loss's graph is checkpointed reentrantly.
+def refuse_silent_gaps(loss: Tensor, *, twice: bool) -> None:
+    """Refuse graphs of which autograd would give wrong derivatives without an error.
 
-    Such a segment is opaque to autograd: parameters used inside would seem to have no influence.
+    A reentrantly checkpointed segment is opaque: parameters used inside seem to have no
+    influence. A backward marked @once_differentiable counts as constant (if ``twice``) where
+    its incoming gradient does not depend on the parameters.
     """
-    if any(node.name().startswith("CheckpointFunction") for node in _ancestors([loss.grad_fn])):
-        raise CheckpointError(
-            "the model uses reentrant checkpointing, which cannot be differentiated twice. "
-            "Call checkpoint(..., use_reentrant=False), or with Hugging Face "
-            'model.gradient_checkpointing_enable({"use_reentrant": False})'
-        )
+    for node in _ancestors([loss.grad_fn]):
+        if node.name().startswith("CheckpointFunction"):
+            raise CheckpointError(
+                "the model uses reentrant checkpointing, which cannot be differentiated twice. "
+                "Call checkpoint(..., use_reentrant=False), or with Hugging Face "
+                'model.gradient_checkpointing_enable({"use_reentrant": False})'
+            )
+        function = getattr(node, "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if twice and code is not None and code.co_qualname.startswith("once_differentiable"):
+            raise DoubleBackwardError(
+                f"the autograd.Function {node.name().removesuffix('Backward')} is marked @once_differentiable, so it "
+                "has no second derivative. Write its backward with torch operations, or use "
+                'method="finite_difference"'
+            )
 
 
 def _ancestors(roots: Iterable[Node | None], known: set[Node] | None = None) -> Iterator[Node]:

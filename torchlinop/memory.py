@@ -53,6 +53,8 @@ class SavedBytes:
         return sum(self._storages.values())
 
     def _note(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._ignored:
             self._storages[storage.data_ptr()] = storage.nbytes()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchlinop.errors import OptionError, TrainModeWarning
+from torchlinop.formulas import WithFormulas, needs_formulas
 from torchlinop.parameters import ParameterLayout
 from torchlinop.random_state import preserved_random_state, reseed
 
@@ -67,8 +68,9 @@ class BorrowedModel:
         """Hold the model: inside, ``place`` may be called, and all random numbers are pinned.
 
         ``stream`` numbers the batch: dropout masks (``mode="train"``) and noise drawn by the
-        loss depend on (seed, stream) alone. ``mode`` replaces the operator's for once. The parameters placed last stay until the end, so
-        that checkpointed segments are recomputed with them during a backward pass.
+        loss depend on (seed, stream) alone. ``mode`` replaces the operator's for once. The
+        parameters placed last stay until the end, so that checkpointed segments are recomputed
+        with them during a backward pass.
         """
         with ExitStack() as stack:
             stack.enter_context(_lock_of(self.module))
@@ -139,6 +141,8 @@ def _twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[No
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if needs_formulas(model):
+            stack.enter_context(WithFormulas())
         if "torch._dynamo" in sys.modules:  # otherwise nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -56,6 +56,7 @@ class Objective:
     reduce: Callable[[Tensor], Tensor] = _of_one_process  # sums a mean over processes
 
     @classmethod
+    @torch.inference_mode(False)
     def of(
         cls,
         model: nn.Module,
@@ -173,8 +174,8 @@ class Objective:
         """∇f(θ): (n,). One forward and backward pass over the data."""
 
         def term(b: int, batch: Batch) -> Tensor:
-            theta = self.theta.clone().requires_grad_()
             with self.evaluating(b, batch) as f:
+                theta = self.theta.clone().requires_grad_()
                 (g,) = torch.autograd.grad(f(theta), theta)
             return g
 
@@ -185,8 +186,8 @@ class Objective:
         bad = int((~torch.isfinite(product)).sum())
 
         def locate(b: int, batch: Batch) -> Tensor:
-            theta = self.theta.clone().requires_grad_()
             with self.evaluating(b, batch) as f:
+                theta = self.theta.clone().requires_grad_()
                 loss = f(theta)
                 (g,) = torch.autograd.grad(loss, theta)
             for name, piece in self.layout.unflatten(g).items():

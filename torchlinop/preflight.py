@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import tensors
-from torchlinop.diagnosis import refuse_reentrant_checkpointing
+from torchlinop.diagnosis import refuse_silent_gaps
 from torchlinop.errors import LossShapeError, UnusedParameterWarning
 from torchlinop.memory import SavedBytes
 from torchlinop.objective import Objective
@@ -32,7 +32,7 @@ def preflight(objective: Objective, second_order: bool) -> Preflight:
 
     Raises:
         LossShapeError: the loss is no scalar, or has no graph.
-        CheckpointError: the model uses reentrant checkpointing.
+        DoubleBackwardError: the graph has a gap that autograd would pass over silently.
     """
     facts: list[tuple[int, bool]] = []
     unused: set[str] = set(objective.layout.names)
@@ -68,7 +68,7 @@ def _gradient_facts(
                 "the loss does not require grad: was it computed under no_grad, or detached, "
                 "or do the selected parameters not enter it? Return a loss with its graph"
             )
-        refuse_reentrant_checkpointing(loss)
+        refuse_silent_gaps(loss, twice=second_order)
         with _Recomputation(objective.model.module) as recomputation:
             gradients = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, create_graph=second_order

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.batches import Batch, count_samples, describe, join, take, tensors
-from torchlinop.errors import WeightingError
+from torchlinop.errors import NonFiniteError, WeightingError
 
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
@@ -84,6 +84,7 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
 
     Raises:
         WeightingError: no rule fits, or the batches are too small to tell.
+        NonFiniteError: the loss is NaN or infinite.
     """
     counts = [[rule.count(batch) for batch in batches] for rule in RULES]
     possible = [r for r, c in zip(RULES, counts, strict=True) if not any(map(math.isnan, c))]
@@ -99,16 +100,18 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
     whole, a, b = parts
     losses = [loss(whole), loss(a), loss(b)]
     values = [float(value) for value in losses]
+    if not math.isfinite(values[0]):
+        raise NonFiniteError(
+            f"the loss of {describe(whole)} with {count_samples(whole)} samples is {values[0]}; "
+            "clean the data, or the parameters"
+        )
     # The parts are summed in another order, so each loss carries some tens of roundoffs.
     roundoff = max(roundoff, torch.finfo(losses[0].dtype).eps)
-    tolerance = 200 * roundoff * sum(map(abs, values))
-    misfits = [
-        abs(values[0] - (rule.count(a) * values[1] + rule.count(b) * values[2]) / total)
-        for rule in possible
-        if (total := rule.count(whole))
-    ]
+    tolerance = 200 * roundoff * sum(abs(value) for value in values if math.isfinite(value))
+    rules = [rule for rule in possible if rule.count(whole)]
+    misfits = [abs(values[0] - _mean([a, b], values[1:], rule)) for rule in rules]
     misfits.append(abs(values[0] - values[1] - values[2]))
-    fits = [(m, r) for m, r in zip(misfits, [*possible, SUM], strict=True) if m <= tolerance]
+    fits = [(m, r) for m, r in zip(misfits, [*rules, SUM], strict=True) if m <= tolerance]
     if not fits:
         raise WeightingError(_unknown(batches, "no count explains the loss of their parts"))
     least = min(misfit for misfit, _ in fits)
@@ -121,11 +124,19 @@ def _telling_parts(
     """A whole and its two parts that the rules weigh differently, if they ever do."""
     fallback = None
     for whole, a, b in itertools.islice(_wholes_and_parts(batches), 64):
-        if all(rule.count(part) > 0 for rule in rules for part in (a, b)):
-            if not _agree(rules, (a, b)):
-                return whole, a, b
-            fallback = fallback or (whole, a, b)
+        if not all(rule.count(whole) for rule in rules):
+            continue
+        if not _agree(rules, (a, b)):
+            return whole, a, b
+        fallback = fallback or (whole, a, b)
     return fallback if _agree(rules, batches) else None
+
+
+def _mean(parts: Sequence[Batch], losses: Sequence[float], rule: Weighting) -> float:
+    """The weighted mean; a part without terms, whose loss may be NaN, counts nothing."""
+    counted = [(rule.count(part), value) for part, value in zip(parts, losses, strict=True)]
+    total = sum(count for count, _ in counted)
+    return sum(count * value for count, value in counted if count) / total
 
 
 def _wholes_and_parts(batches: Sequence[Batch]) -> Iterator[tuple[Batch, Batch, Batch]]:

@@ -147,7 +147,7 @@ def test_hessian_of_least_squares_is_its_closed_form(sizes):
     assert relative(H.to_dense(), least_squares_hessian(X, 3)) < 1e-14
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_hessian_of_softmax_regression_is_its_closed_form(dtype, tolerance):
     X, y = torch.randn(13, 4, dtype=dtype), torch.randint(0, 3, (13,))
     model = nn.Linear(4, 3, bias=False, dtype=dtype)

@@ -71,7 +71,7 @@ class HessianOperator(CurvatureOperator):
         derivative = _derivative(method, fd_eps)
         objective = Objective.of(model, dataloader, loss_fn, **options)
         _refuse_coarse_differences(derivative, objective)
-        facts = preflight(objective, second_order=derivative.shares_work)
+        facts = preflight(objective, second_order=derivative.exact)
         self.objective = objective
         self._terms = _linearization(
             linearization,
@@ -134,7 +134,7 @@ def _derivative(method: Method | Derivative, fd_eps: float | None) -> Derivative
 
 def _refuse_coarse_differences(derivative: Derivative, objective: Objective) -> None:
     coarse = torch.finfo(objective.layout.precision).eps > torch.finfo(torch.float32).eps
-    if coarse and isinstance(derivative, FiniteDifference):
+    if coarse and not derivative.exact:
         raise OptionError(
             f"finite differences in {objective.layout.precision} have errors as large as the "
             'product itself; use method="autograd", or model.float() before the operator is built'

@@ -106,10 +106,10 @@ def gpt2(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1))
 
     torch.manual_seed(2)
     config = GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=7, n_positions=8, n_embd=4, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     model: nn.Module = GPT2LMHeadModel(config)
-    return _language_problem(model.to(dtype), 11, sizes)
+    return _language_problem(model.to(dtype), 7, sizes)
 
 
 def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
@@ -121,9 +121,9 @@ def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
 
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=8,
-        intermediate_size=12,
+        vocab_size=7,
+        hidden_size=4,
+        intermediate_size=6,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -134,8 +134,8 @@ def llama(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
     model: nn.Module = LlamaForCausalLM(config)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
-            model.set_submodule(name, nn.RMSNorm(8, eps=config.rms_norm_eps))
-    return _language_problem(model.to(dtype), 11, sizes)
+            model.set_submodule(name, nn.RMSNorm(4, eps=config.rms_norm_eps))
+    return _language_problem(model.to(dtype), 7, sizes)
 
 
 class _Recurrent(nn.Module):
