@@ -14,6 +14,9 @@ with warnings.catch_warnings():
         except ImportError:
             continue
 
+# The problems are tiny: threads would spend their time waiting for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -156,7 +156,7 @@ def test_dropout_and_batchnorm_are_evaluated_in_eval_mode_with_one_warning():
     p.model.train()
     with pytest.warns(TrainModeWarning, match="1 Dropout and 1 BatchNorm modules") as warned:
         H = HessianOperator(p.model, p.batches, p.loss_fn)
-        assert relative(H.to_dense(), expected) < 1e-12
+    assert relative(H.to_dense(), expected) < 1e-12
     assert len(warned) == 1
     assert p.model.training
 
@@ -430,7 +430,7 @@ def as_encoding(x, y):
 @pytest.mark.parametrize(
     ("make", "unpack"),
     [
-        (lambda x, y: [x, y], lambda b: b),
+        (lambda x, y: [x, y], tuple),
         (lambda x, y: {"inputs": x, "labels": y}, lambda b: (b["inputs"], b["labels"])),
         (Point, lambda b: (b.inputs, b.targets)),
         (Record, lambda b: (b.inputs, b.targets)),

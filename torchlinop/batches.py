@@ -157,7 +157,7 @@ def is_one_batch(data: object) -> bool:
     A list is always a list of batches.
     """
     if isinstance(data, tuple):
-        return not data or not isinstance(data[0], tuple | list | Mapping)
+        return bool(data) and not isinstance(data[0], tuple | list | Mapping)
     return isinstance(data, Tensor | Mapping) or dataclasses.is_dataclass(data)
 
 

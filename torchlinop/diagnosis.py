@@ -63,9 +63,10 @@ def refuse_silent_gaps(loss: Tensor, *, twice: bool) -> None:
         function = getattr(node, "_forward_cls", None)
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if twice and code is not None and code.co_qualname.startswith("once_differentiable"):
+            name = node.name().removesuffix("Backward")
             raise DoubleBackwardError(
-                f"the autograd.Function {node.name().removesuffix('Backward')} is marked @once_differentiable, so it "
-                "has no second derivative. Write its backward with torch operations, or use "
+                f"the autograd.Function {name} is marked @once_differentiable, so it has no second "
+                "derivative. Write its backward with torch operations, or use "
                 'method="finite_difference"'
             )
 

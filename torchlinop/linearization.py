@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
@@ -77,42 +78,52 @@ class Rebuilt:
             return self._columns.apply(product, V, last=True)
 
 
-def linearization(
-    policy: Policy,
-    objective: Objective,
-    derivative: Derivative,
-    *,
-    facts: Preflight,
-    memory_budget: int | None,
-    column_chunk: int | None,
-) -> Linearization:
-    """Keep the work at θ if ``memory_budget`` bytes hold it, by default half of the free ones.
+@dataclass(frozen=True)
+class LinearizationPlan:
+    """What the user asked for; refused here if it cannot be, before the model runs.
 
     Raises:
-        OptionError: unknown policy, or "keep" where there is nothing that can be kept.
-        CheckpointError: "keep" for a model that recomputes its activations.
+        OptionError: unknown policy, or "keep" with a derivative that has nothing to keep.
     """
-    if policy not in get_args(Policy):
-        raise OptionError(
-            f"unknown linearization {policy!r}; choose one of {', '.join(get_args(Policy))}"
-        )
-    budget = free_bytes(objective.space.device) // 2 if memory_budget is None else memory_budget
-    limit = max(1, budget // max(1, facts.batch_bytes))
-    columns = ColumnChunks(column_chunk, limit)
-    can_keep = derivative.shares_work and objective.data.pinned
-    if policy == "keep" and facts.recomputes:
-        raise CheckpointError(
-            'linearization="keep" with a model that uses activation checkpointing: its graph is '
-            'recomputed at every product, so nothing can be kept. Pass linearization="rebuild"'
-        )
-    if policy == "keep" and not can_keep:
-        raise OptionError(
-            f'linearization="keep" needs pin_data=True and a method that shares work between '
-            f'products, got {derivative}; pass method="autograd" or linearization="rebuild"'
-        )
-    fits = can_keep and not facts.recomputes and facts.graph_bytes <= budget
-    if policy == "keep" or (policy == "auto" and fits):
-        log.info("the graphs at theta are kept: %.1f MB", facts.graph_bytes / 1e6)
-        return Kept(objective, derivative, columns)
-    log.info("the graphs at theta are rebuilt for every product (budget %.1f MB)", budget / 1e6)
-    return Rebuilt(objective, derivative, columns)
+
+    derivative: Derivative
+    policy: Policy
+    memory_budget: int | None  # bytes that kept graphs may take; by default half of the free ones
+    column_chunk: int | None
+
+    def __post_init__(self) -> None:
+        ColumnChunks(self.column_chunk)
+        if self.policy not in get_args(Policy):
+            raise OptionError(
+                f"unknown linearization {self.policy!r}; choose one of "
+                f"{', '.join(get_args(Policy))}"
+            )
+        if self.policy == "keep" and not self.derivative.shares_work:
+            raise OptionError(_cannot_keep(f"{self.derivative} shares no work between products"))
+
+    def carry_out(self, objective: Objective, facts: Preflight) -> Linearization:
+        """Keep the work at θ, or not.
+
+        Raises:
+            OptionError: "keep" for data that are read again for every product.
+            CheckpointError: "keep" for a model that recomputes its activations.
+        """
+        free = free_bytes(objective.space.device)
+        budget = free // 2 if self.memory_budget is None else self.memory_budget
+        limit = max(1, budget // max(1, facts.batch_bytes))
+        columns = ColumnChunks(self.column_chunk, limit)
+        if self.policy == "keep" and facts.recomputes:
+            raise CheckpointError(_cannot_keep("activation checkpointing recomputes its graph"))
+        if self.policy == "keep" and not objective.data.pinned:
+            raise OptionError(_cannot_keep("pin_data=False reads new batches"))
+        possible = self.derivative.shares_work and objective.data.pinned and not facts.recomputes
+        fits = possible and facts.graph_bytes <= budget
+        if self.policy == "keep" or (self.policy == "auto" and fits):
+            log.info("the graphs at theta are kept: %.1f MB", facts.graph_bytes / 1e6)
+            return Kept(objective, self.derivative, columns)
+        log.info("the graphs at theta are rebuilt for every product (budget %.1f MB)", budget / 1e6)
+        return Rebuilt(objective, self.derivative, columns)
+
+
+def _cannot_keep(reason: str) -> str:
+    return f'linearization="keep" has nothing to keep: {reason}. Pass linearization="rebuild"'

@@ -189,7 +189,8 @@ class ParameterLayout:
                 f"expected a vector of shape ({self.size},) or a block ({self.size}, k), "
                 f"got {tuple(v.shape)}"
             )
-        return {s.name: v[s.offset : s.stop].view(*s.shape, *v.shape[1:]) for s in self.slots}
+        columns = v.shape[1:]
+        return {s.name: v[s.offset : s.stop].view(s.shape + columns) for s in self.slots}
 
     def restrict(self, param_filter: ParamFilter) -> tuple[Slot, ...]:
         """The slots, at their offsets here, that ``param_filter(name, parameter)`` accepts.
@@ -222,7 +223,7 @@ class ParameterLayout:
 
 def _storage(parameter: nn.Parameter) -> object:
     """Equal for parameters that are the same numbers in memory."""
-    if parameter.device.type == "meta" or parameter.numel() == 0 or _unfit(parameter):
+    if _unfit(parameter) or parameter.numel() == 0:
         return id(parameter)
     return (parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
 

@@ -16,7 +16,7 @@ from torchlinop.derivatives import (
     ReverseOverReverse,
 )
 from torchlinop.errors import OptionError
-from torchlinop.linearization import Policy, linearization
+from torchlinop.linearization import LinearizationPlan, Policy
 from torchlinop.objective import LossFn, Objective, ObjectiveOptions
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.preflight import preflight
@@ -69,18 +69,12 @@ class HessianOperator(CurvatureOperator):
         **options: Unpack[ObjectiveOptions],
     ) -> None:
         derivative = _derivative(method, fd_eps)
+        plan = LinearizationPlan(derivative, linearization, memory_budget, column_chunk)
         objective = Objective.of(model, dataloader, loss_fn, **options)
         _refuse_coarse_differences(derivative, objective)
         facts = preflight(objective, second_order=derivative.exact)
         self.objective = objective
-        self._terms = _linearization(
-            linearization,
-            objective,
-            derivative,
-            facts=facts,
-            memory_budget=memory_budget,
-            column_chunk=column_chunk,
-        )
+        self._terms = plan.carry_out(objective, facts)
         self._proven_finite = False
         super().__init__(
             objective.space,
@@ -109,8 +103,6 @@ class HessianOperator(CurvatureOperator):
         """The gradient of the mean loss: (n,)."""
         return self.objective.gradient()
 
-
-_linearization = linearization  # the constructor has an option of this name
 
 _METHODS: dict[str, Callable[[float | None], Derivative]] = {
     "autograd": lambda step: ReverseOverReverse(),
