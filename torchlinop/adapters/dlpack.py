@@ -31,7 +31,16 @@ _TORCH_OF_NUMPY = {
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """The NumPy dtype in which vectors of a torch dtype are exchanged."""
+    """The NumPy dtype in which vectors of a torch dtype are exchanged.
+
+    Raises:
+        VectorError: NumPy's solvers have nothing to exchange it in.
+    """
+    if dtype not in _NUMPY_OF_TORCH:
+        raise VectorError(
+            f"expected an operator in one of {', '.join(map(str, _NUMPY_OF_TORCH))}, got {dtype}; "
+            "build it in float32"
+        )
     return _NUMPY_OF_TORCH[dtype]
 
 
@@ -44,12 +53,14 @@ def tensor_of(x: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``x`` as a tensor: a view of the same memory if dtype, device and layout allow it.
 
     ``torch.from_numpy`` is three to four times faster than DLPack here. It takes no negative
-    strides, and misaligned, read-only and foreign-endian arrays are not safe to share.
+    strides or fractions of an item, and misaligned, read-only and foreign-endian arrays are not safe to share.
     """
     exchanged = numpy_dtype(dtype)
     if x.dtype != exchanged:
         x = x.astype(exchanged)
-    elif not (x.flags.writeable and x.flags.aligned) or any(s < 0 for s in x.strides):
+    elif not (x.flags.writeable and x.flags.aligned) or any(
+        stride < 0 or stride % x.itemsize for stride in x.strides
+    ):
         x = x.copy()
     return torch.from_numpy(x).to(dtype=dtype, device=device)
 

@@ -37,7 +37,8 @@ def as_linear_operator(
     writable memory. bfloat16 and float16 operators declare float32.
 
     Args:
-        operator: any operator; scale and shift it *before* wrapping it (``2.0 * operator``).
+        operator: any operator; scale and shift it *before* wrapping it (``2.0 * operator``). A
+            multiple of the adapter, as ``2.0 * A``, is a new one with a count of its own.
         max_matvecs: a budget; the product beyond it raises ProductBudgetError.
         progress: show a bar that counts products, on a terminal.
 
@@ -81,7 +82,10 @@ class SciPyOperator(LinearOperator):
             return self._multiply(v[:, None])[:, 0]
         if v.shape == (n, 1):
             return self._multiply(v)
-        return self._multiply(v.reshape(-1, n).T).T.reshape(v.shape)
+        if v.shape[-1:] != (n,):
+            raise VectorError(f"expected vectors of shape ({n},) or (..., {n}), got {v.shape}")
+        rows = self._multiply(v.reshape(-1, n).T).T
+        return np.ascontiguousarray(rows).reshape(v.shape)
 
     def _matmat(self, X: object) -> Array:
         """``A X`` for (n, k) in any memory order, or of every block of a batch (..., n, k)."""
@@ -90,7 +94,7 @@ class SciPyOperator(LinearOperator):
             return self._multiply(V)
         columns = np.moveaxis(V, -2, 0)
         AV = self._multiply(columns.reshape(self.shape[1], -1))
-        return np.moveaxis(AV.reshape(columns.shape), 0, -2)
+        return np.ascontiguousarray(np.moveaxis(AV.reshape(columns.shape), 0, -2))
 
     def _multiply(self, V: Array) -> Array:
         """The block product in the operator's dtype, returned as NumPy would promote it."""
@@ -154,7 +158,7 @@ def from_linear_operator(A: Any) -> CurvatureOperator:
     if isinstance(A, SciPyOperator):
         return A.operator
     if isinstance(A, Tensor):
-        return MatrixOperator(A)
+        return MatrixOperator(A if A.is_floating_point() or A.is_complex() else A.double())
     if len(A.shape) != 2 or A.shape[0] != A.shape[1]:
         raise VectorError(f"expected a square matrix, got shape {tuple(A.shape)}")
     dtype = torch_dtype(A.dtype)

@@ -31,7 +31,8 @@ class LambdaOperator(CurvatureOperator):
     """A symmetric matrix given by its product ``matvec: (n,) -> (n,)``.
 
     ``matmat: (n, k) -> (n, k)`` takes blocks in one call; without it, columns are taken one by
-    one. Results are copied, as nothing is known about the memory they are in.
+    one. They must not write into what they are given, which a solver may share. Results are
+    copied, as nothing is known about the memory they are in.
 
     Example:
         >>> LambdaOperator(3, lambda v: 2.0 * v) @ torch.ones(3)
