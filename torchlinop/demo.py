@@ -1,4 +1,4 @@
-"""A trained model on real data without downloads, and the ten largest eigenvalues of its Hessian."""
+"""A model trained on real data without downloads, and the largest eigenvalues of its Hessian."""
 
 from __future__ import annotations
 

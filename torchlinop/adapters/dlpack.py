@@ -53,7 +53,8 @@ def tensor_of(x: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``x`` as a tensor: a view of the same memory if dtype, device and layout allow it.
 
     ``torch.from_numpy`` is three to four times faster than DLPack here. It takes no negative
-    strides or fractions of an item, and misaligned, read-only and foreign-endian arrays are not safe to share.
+    strides nor fractions of an item, and misaligned, read-only and foreign-endian arrays are not
+    safe to share.
     """
     exchanged = numpy_dtype(dtype)
     if x.dtype != exchanged:

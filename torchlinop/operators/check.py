@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torchlinop.errors import NonFiniteError, PrecisionWarning, SymmetryError
-
-if TYPE_CHECKING:
-    from torchlinop.operators.base import CurvatureOperator
+from torchlinop.space import VectorSpace
 
 _LINEAR = 0.1  # half-precision products are off by a hundredth, a nonlinear map by its size
 _FACTOR = 0.7548776662466927  # irrational, so that scaling by it rounds every product anew
+
+
+class Multiplies(Protocol):
+    """What is checked: a product on a space."""
+
+    @property
+    def space(self) -> VectorSpace: ...
+    def matvec(self, v: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check(operator: CurvatureOperator, *, seed: int = 0, strict: bool = False) -> CheckReport:
+def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> CheckReport:
     """Take five products of ``operator`` and report their defects.
 
     Warns with PrecisionWarning when products are much noisier than the dtype of the vectors.

@@ -16,8 +16,10 @@ from torchlinop.derivatives import (
     ReverseOverReverse,
 )
 from torchlinop.errors import OptionError
+from torchlinop.finiteness import refuse_non_finite
+from torchlinop.from_model import ObjectiveOptions, objective_from_model
 from torchlinop.linearization import LinearizationPlan, Policy
-from torchlinop.objective import LossFn, Objective, ObjectiveOptions
+from torchlinop.objective import LossFn, Objective
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.preflight import preflight
 
@@ -70,7 +72,7 @@ class HessianOperator(CurvatureOperator):
     ) -> None:
         derivative = _derivative(method, fd_eps)
         plan = LinearizationPlan(derivative, linearization, memory_budget, column_chunk)
-        objective = Objective.of(model, dataloader, loss_fn, **options)
+        objective = objective_from_model(model, dataloader, loss_fn, **options)
         _refuse_coarse_differences(derivative, objective)
         facts = preflight(objective, second_order=derivative.exact)
         self.objective = objective
@@ -86,7 +88,7 @@ class HessianOperator(CurvatureOperator):
         HV = self.objective.mean(lambda b, batch: self._terms(b, batch, V))
         if not self._proven_finite:  # once: it makes the host wait for the device
             if not torch.isfinite(HV).all() and torch.isfinite(V).all():
-                self.objective.refuse_non_finite(HV)
+                refuse_non_finite(self.objective, HV)
             self._proven_finite = True
         return HV
 

@@ -1,0 +1,91 @@
+"""The workloads of the benchmarks: a model, one batch, and the mean cross-entropy of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All candidates differentiate ``loss``, of these data, by these parameters."""
+
+    title: str
+    model: nn.Module
+    batch: Batch
+    attention: bool = False  # then second derivatives need the mathematical attention kernel
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @property
+    def size(self) -> int:
+        """n, the number of parameters."""
+        return sum(p.numel() for p in self.parameters)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs, targets = batch
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+
+class NextTokenLogits(nn.Module):
+    """Token ids (batch, length) to logits (batch * length, vocabulary) of a Hugging Face model."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.language_model(ids, use_cache=False).logits
+        return logits.flatten(0, 1)
+
+
+def mlp(device: torch.device) -> Workload:
+    """64-256-256-10 on 1,797 rows, the shape of scikit-learn's digits (n = 85,002)."""
+    torch.manual_seed(0)
+    hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    model = nn.Sequential(*hidden, nn.Linear(256, 10))
+    batch = torch.randn(1797, 64), torch.randint(10, (1797,))
+    return _on(device, "MLP 64-256-256-10, 1,797 rows", model, batch)
+
+
+def cnn(device: torch.device) -> Workload:
+    """Two convolutions, each with ReLU and pooling, and a linear layer on 128 images."""
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 8 * 8, 10))
+    batch = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
+    return _on(device, "CNN, 128 images 3x32x32", model, batch)
+
+
+def gpt2(device: torch.device) -> Workload:
+    """A GPT-2 of 4 layers, width 128 and 5,000 tokens, on 4 sequences of 128 tokens."""
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(
+        n_layer=4, n_embd=128, n_head=4, vocab_size=5000, n_positions=128
+    )
+    model = NextTokenLogits(transformers.GPT2LMHeadModel(config))
+    tokens = torch.randint(5000, (4, 129))
+    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
+    return _on(device, "GPT-2, 4 layers d=128 V=5000, 4x128 tokens", model, batch, attention=True)
+
+
+WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {"mlp": mlp, "cnn": cnn, "gpt2": gpt2}
+
+
+def _on(
+    device: torch.device, title: str, model: nn.Module, batch: Batch, attention: bool = False
+) -> Workload:
+    inputs, targets = batch
+    placed = inputs.to(device), targets.to(device)
+    return Workload(title, model.eval().to(device), placed, attention)

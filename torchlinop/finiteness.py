@@ -1,0 +1,35 @@
+"""Which batch and parameter made a product NaN or infinite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchlinop.batches import Batch
+from torchlinop.errors import NonFiniteError
+from torchlinop.objective import Objective
+
+
+def refuse_non_finite(objective: Objective, product: Tensor) -> None:
+    """Raise NonFiniteError naming the batch and parameter that made ``product`` (n, k) so."""
+    bad = int((~torch.isfinite(product)).sum())
+
+    def locate(b: int, batch: Batch) -> Tensor:
+        with objective.evaluating(b, batch) as f:
+            theta = objective.theta.clone().requires_grad_()
+            loss = f(theta)
+            (g,) = torch.autograd.grad(loss, theta)
+        for name, piece in objective.layout.unflatten(g).items():
+            if not (torch.isfinite(loss) and torch.isfinite(piece).all()):
+                raise NonFiniteError(
+                    f"H v has {bad} NaN or infinite entries: in batch {b} the loss is "
+                    f"{float(loss):.4g} and the gradient of {name} is not finite. "
+                    "Clean this batch, or the parameters"
+                )
+        return g
+
+    objective.mean(locate)
+    raise NonFiniteError(
+        f"H v has {bad} NaN or infinite entries, though loss and gradient are finite: "
+        "a second derivative is singular, as that of sqrt or norm at 0. Smooth it there"
+    )

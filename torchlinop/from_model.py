@@ -1,0 +1,121 @@
+"""From a model, data and a loss function to an objective: what is copied, read and weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal, TypedDict, get_args
+
+import torch
+from torch import Tensor, nn
+
+from torchlinop.batches import Batch
+from torchlinop.data import pinned_data, reread_data
+from torchlinop.errors import NonDeterministicDataError, OptionError
+from torchlinop.model_state import BorrowedModel, Mode, unwrap
+from torchlinop.objective import LossFn, Objective, scalar
+from torchlinop.parameters import ParameterLayout, ParamFilter
+from torchlinop.random_state import preserved_random_state, reseed
+from torchlinop.space import VectorSpace
+from torchlinop.weighting import BATCH_MEAN, Weighting, find_weighting
+
+WeightingName = Literal["auto", "batch-mean"]
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """Keywords of every operator that is built from a model and data."""
+
+    param_filter: ParamFilter | None  # which trainable parameters; all by default
+    full_dataset: bool  # False takes num_batches batches, or the first alone; default True
+    num_batches: int | None  # at most so many batches; all by default
+    microbatch_size: int | None  # samples that go through the model at once; changes no matrix
+    mode: Mode  # "eval" (default) or "train", with a pinned dropout mask for every batch
+    weight: Callable[[Batch], float] | None  # loss terms of a batch; found by measurement
+    weighting: WeightingName  # "auto" (default), or "batch-mean": every batch counts the same
+    pin_data: bool  # True (default) reads the data once and keeps them on the device
+    seed: int  # of whatever the model or loss draws at random; default 0
+
+
+@torch.inference_mode(False)
+def objective_from_model(
+    model: nn.Module,
+    dataloader: Iterable[Batch],
+    loss_fn: LossFn,
+    *,
+    param_filter: ParamFilter | None = None,
+    full_dataset: bool = True,
+    num_batches: int | None = None,
+    microbatch_size: int | None = None,
+    mode: Mode = "eval",
+    weight: Callable[[Batch], float] | None = None,
+    weighting: WeightingName = "auto",
+    pin_data: bool = True,
+    seed: int = 0,
+) -> Objective:
+    """Copy the parameters, read the data, and find out how much each batch counts.
+
+    Raises:
+        NoParametersError, ParameterError, OptionError, DataError, LossShapeError.
+    """
+    _refuse_bad_options(num_batches, microbatch_size, weight, weighting)
+    module = unwrap(model)
+    layout = ParameterLayout.of(module, param_filter)
+    borrowed = BorrowedModel(module, layout, mode, seed)
+    borrowed.warn_if_training()
+    theta = layout.flatten(dict(module.named_parameters(remove_duplicate=False)))
+    space = VectorSpace(layout.size, theta.dtype, theta.device)
+    few = num_batches if full_dataset or num_batches else 1
+
+    def weighting_of(batches: tuple[Batch, ...]) -> Weighting:
+        if weight is not None:
+            return Weighting(weight, "weights")
+        if weighting == "batch-mean":
+            return BATCH_MEAN
+        return find_weighting(batches, evaluate, torch.finfo(layout.precision).eps)
+
+    def evaluate(batch: Batch) -> Tensor:
+        # In eval mode always: dropout would hide how the loss is reduced.
+        with borrowed.borrowed(mode="eval"), torch.no_grad():
+            return scalar(loss_fn(borrowed.place(layout.split(theta)), batch))
+
+    read = pinned_data if pin_data else reread_data
+    data = read(dataloader, few, microbatch_size, theta.device, weighting_of)
+    objective = Objective(loss_fn, borrowed, layout, theta, space, data)
+    if not pin_data:
+        _refuse_changing_data(objective)
+    return objective
+
+
+def _refuse_changing_data(objective: Objective) -> None:
+    """Raise NonDeterministicDataError unless two passes, drawn differently, agree."""
+    with preserved_random_state(objective.space.device):
+        values = []
+        for seed in (0, 1):
+            reseed(seed)
+            values.append(float(objective.loss()))
+    tolerance = 1000 * torch.finfo(objective.layout.precision).eps * max(map(abs, values))
+    if not abs(values[0] - values[1]) <= tolerance:
+        raise NonDeterministicDataError(
+            f"two passes over the data gave different objectives "
+            f"({values[0]:.6g}, {values[1]:.6g}). Cause: {objective.data.why_passes_differ}. "
+            f"Pass pin_data=True or shuffle=False"
+        )
+
+
+def _refuse_bad_options(
+    num_batches: int | None,
+    microbatch_size: int | None,
+    weight: object,
+    weighting: str,
+) -> None:
+    for name, number in (("num_batches", num_batches), ("microbatch_size", microbatch_size)):
+        if number is not None and number < 1:
+            raise OptionError(f"expected {name} to be at least 1, got {number}")
+    if weighting not in get_args(WeightingName):
+        raise OptionError(
+            f"unknown weighting {weighting!r}; choose one of {', '.join(get_args(WeightingName))}"
+        )
+    if weight is not None and not callable(weight):
+        raise OptionError(
+            f"expected weight to be a function of a batch, got {weight!r}; "
+            "pass weight=lambda batch: len(batch[1])"
+        )
