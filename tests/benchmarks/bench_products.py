@@ -497,7 +497,9 @@ def main() -> None:
     for name in arguments.workloads:
         workload = WORKLOADS[name](device)
         titles[name] = f"{workload.title} (n={workload.size:,})"
+        print(f"timing {titles[name]} ...", file=sys.stderr)
         results[name] = measure(workload, arguments.repetitions)
+    print("measuring memory ...", file=sys.stderr)
     used = {
         w: {name: memory(w, name, arguments.device) for name in PRODUCTS}
         for w in ([] if arguments.no_memory else arguments.workloads)

@@ -23,7 +23,7 @@ from torchlinop.adapters.dlpack import (
 )
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
-from torchlinop.operators.counting import CountingOperator
+from torchlinop.operators.counting import ProductCount
 from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
 
 
@@ -59,7 +59,7 @@ class SciPyOperator(LinearOperator):
         super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
         self.args = ()  # documented by SciPy
         self.operator = operator
-        self._counted = CountingOperator(operator, max_matvecs)
+        self._count = ProductCount(max_matvecs)
         self._options = (max_matvecs, progress)
         # disable=None: silent where the output is not a terminal.
         self._bar = tqdm(total=max_matvecs, unit="matvec", disable=None if progress else True)
@@ -67,12 +67,12 @@ class SciPyOperator(LinearOperator):
     @property
     def matvecs(self) -> int:
         """Columns multiplied so far."""
-        return self._counted.matvecs
+        return self._count.matvecs
 
     @property
     def matmats(self) -> int:
         """Calls of the operator so far."""
-        return self._counted.matmats
+        return self._count.matmats
 
     def _matvec(self, x: object) -> Array:
         """``A x`` for (n,) and (n, 1), or of every row of a batch (..., n)."""
@@ -98,16 +98,18 @@ class SciPyOperator(LinearOperator):
 
     def _multiply(self, V: Array) -> Array:
         """The block product in the operator's dtype, returned as NumPy would promote it."""
-        dtype = np.result_type(self.dtype, V.dtype)
+        dtype = V.dtype if V.dtype == self.dtype else np.result_type(self.dtype, V.dtype)
         if np.iscomplexobj(V) and not self.operator.dtype.is_complex:
             parts = self._multiply(np.concatenate([V.real, V.imag], axis=1))
             k = V.shape[1]
             both: NDArray[np.complexfloating] = np.empty(V.shape, dtype)
             both.real, both.imag = parts[:, :k], parts[:, k:]
             return both
-        AV = self._counted.matmat(tensor_of(V, self.operator.dtype, self.operator.device))
+        self._count.add(V.shape[1])
+        space = self.operator.space
+        AV = array_of(self.operator.matmat(tensor_of(V, space.dtype, space.device)))
         self._bar.update(V.shape[1])
-        return array_of(AV).astype(dtype, copy=False)
+        return AV if AV.dtype == dtype else AV.astype(dtype)
 
     _rmatvec = _matvec  # self-adjoint
     _rmatmat = _matmat

@@ -80,13 +80,15 @@ class CurvatureOperator(ABC):
                 f"expected {self.dtype} on {self.device}, got {V.dtype} on {V.device}; "
                 f"pass v.to({self.dtype}, device={str(self.device)!r})"
             )
-        with torch.inference_mode(False), torch.no_grad():
-            V = V.clone() if V.is_inference() else V.detach()
-            if V.shape[1] == 0:
-                return torch.empty_like(V)
-            AV = self._matmat(V)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._product(V.clone())
+        if V.shape[1] == 0:
+            return torch.empty_like(V)
+        with torch.no_grad():
+            AV = self._matmat(V.clone() if V.is_inference() else V.detach())
             # A product that hands its input through would let callers overwrite it.
-            return AV.clone() if _shares_memory(AV, V) else AV
+            return AV.clone() if 0 <= AV.data_ptr() - V.data_ptr() < V.nbytes else AV
 
     def __matmul__(self, other: Tensor) -> Tensor:
         if not isinstance(other, Tensor):
@@ -218,7 +220,3 @@ class Restriction(CurvatureOperator):
     def _matmat(self, V: Tensor) -> Tensor:
         embedded = V.new_zeros(self.operator.size, V.shape[1]).index_copy_(0, self.indices, V)
         return self.operator.matmat(embedded).index_select(0, self.indices)
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
