@@ -30,7 +30,7 @@ last = HessianOperator(
 top = eigsh(as_linear_operator(last), k=1, which="LA", return_eigenvectors=False)
 print(f"\nlargest eigenvalue of the last layer's block: {top[0]:.6f}\n")
 
-dense = dense_hessian(problem.full_loss, problem.parameters)
+dense = dense_hessian(problem.full_loss, problem.parameters, rows_at_once=64)
 exact = torch.linalg.eigvalsh(dense)[-10:]
 print("for comparison: the dense answer")
 print(exact.flip(0))

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -85,6 +86,8 @@ def test_a_batch_without_sample_axis_cannot_be_split():
         ([X, Y], False),
         ([(X, Y)], False),
         (((X, Y), (X, Y)), False),
+        (({"x": X}, Y), True),
+        (collections.namedtuple("Pair", "a b")({"x": X}, Y), True),
         (Record(X, ""), True),
         (DataLoader(TensorDataset(X)), False),
     ],
@@ -138,5 +141,27 @@ def test_other_libraries_batches_are_moved_by_their_own_method():
     assert batches.to_device(Graph(), CPU) == "on cpu"
 
 
-def test_bytes_count_every_tensor():
-    assert batches.nbytes([(X, Y)]) == 14 * 4 + 7 * 8
+def test_leaves_of_other_libraries_are_moved_inside_a_batch_too():
+    class Graph:
+        def to(self, device):
+            return f"on {device}"
+
+    assert batches.to_device((Graph(), X), CPU)[0] == "on cpu"
+
+
+@pytest.mark.parametrize("texts", [["a"] * 7, tuple("abcdefg"), np.arange(7)])
+def test_batches_with_samples_in_lists_or_arrays_are_not_cut_apart(texts):
+    with pytest.raises(BatchError, match="it cannot be split; leave microbatch_size out"):
+        batches.take({"text": texts, "x": X}, 0, 3)
+    assert batches.join((texts, X), (texts, X)) is None
+
+
+def test_a_data_set_of_samples_is_refused_with_the_loader_to_use():
+    with pytest.raises(BatchError, match=r"got a TensorDataset of samples; pass DataLoader\("):
+        batches.pin(TensorDataset(X, Y), None, CPU)
+
+
+def test_tensors_of_inference_mode_are_copied_to_enter_graphs():
+    with torch.inference_mode():
+        x = torch.ones(2)
+    assert not batches.to_device(x, CPU).is_inference()

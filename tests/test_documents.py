@@ -29,6 +29,7 @@ def test_code_blocks_run(page, capsys):
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [t for t in targets if not (page.parent / t).exists()] == []
+    assert page.stat().st_size > 0
 
 
 @pytest.mark.parametrize("name", MODULES)

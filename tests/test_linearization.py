@@ -4,14 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from torchlinop import HessianOperator
+from torchlinop import HessianOperator, ReverseOverReverse
 from torchlinop.columns import ColumnChunks
 from torchlinop.errors import OptionError
 from torchlinop.testing import gallery
 
 
+class Calls:
+    """A count that lies outside of the model, whose own attributes are restored."""
+
+    def __init__(self):
+        self.number = 0
+
+
 class CountingModel(nn.Module):
-    """Counts forward passes outside of itself: its own attributes are restored."""
+    """Counts forward passes."""
 
     def __init__(self, model, counts):
         super().__init__()
@@ -19,16 +26,16 @@ class CountingModel(nn.Module):
         self.counts = counts
 
     def forward(self, x):
-        self.counts.append(1)
+        self.counts.number += 1
         return self.model(x)
 
 
 def counting(linearization, **options):
-    p, counts = gallery.mlp(), []
+    p, counts = gallery.mlp(), Calls()
     H = HessianOperator(
         CountingModel(p.model, counts), p.batches, p.loss_fn, linearization=linearization, **options
     )
-    counts.clear()
+    counts.number = 0
     return H, counts
 
 
@@ -37,20 +44,27 @@ def test_kept_graphs_run_the_model_once_a_batch_for_all_products():
     for _ in range(5):
         H @ torch.ones(53).double()
     H @ torch.ones(53, 4).double()
-    assert len(counts) == 3
+    assert counts.number == 3
 
 
 def test_rebuilt_graphs_run_the_model_once_a_batch_for_each_product_or_block():
     H, counts = counting("rebuild", column_chunk=4)
     H @ torch.ones(53).double()
     H @ torch.ones(53, 9).double()
-    assert len(counts) == 2 * 3
+    assert counts.number == 2 * 3
 
 
-def test_building_an_operator_takes_one_gradient_and_three_parts_for_the_weights():
-    p, counts = gallery.mlp(), []
+def test_building_an_operator_takes_one_gradient_and_a_few_samples_for_the_weights():
+    p, counts = gallery.mlp(), Calls()
     HessianOperator(CountingModel(p.model, counts), p.batches, p.loss_fn)
-    assert len(counts) == 1 + 3
+    # Each of three batches is cut, and joined to its neighbour: three forward passes a question.
+    assert counts.number == 1 + 3 * (3 + 3)
+
+
+def test_building_an_operator_on_one_batch_takes_one_gradient():
+    p, counts = gallery.mlp(), Calls()
+    HessianOperator(CountingModel(p.model, counts), [p.full_batch], p.loss_fn)
+    assert counts.number == 1
 
 
 @pytest.mark.parametrize(("budget", "decision"), [(0, "rebuilt"), (2**30, "kept")])
@@ -86,18 +100,21 @@ def test_the_estimate_of_kept_bytes_covers_what_the_graph_must_save():
         ({"fd_eps": 0.1}, "fd_eps is the positive step length of method='finite_difference'"),
         ({"method": "finite_difference", "fd_eps": -1.0}, "fd_eps is the positive step length"),
         ({"column_chunk": 0}, "expected column_chunk to be at least 1, got 0"),
-        ({"microbatch_size": 0}, "expected microbatch_size to be at least 1, got 0"),
-        ({"num_batches": -2}, "expected num_batches to be at least 1, got -2"),
+        ({"microbatch_size": 0}, "expected microbatch_size to be an integer of at least 1, got 0"),
+        ({"num_batches": -2}, "expected num_batches to be an integer of at least 1, got -2"),
+        ({"num_batches": 2.5}, "expected num_batches to be an integer of at least 1, got 2.5"),
+        ({"seed": -1}, "expected seed to be an integer of at least 0, got -1"),
+        ({"method": ReverseOverReverse}, r"got a class; pass ReverseOverReverse\(\)"),
         ({"mode": "test"}, "unknown mode 'test'; choose one of eval, train"),
         ({"weighting": "tokens"}, "unknown weighting 'tokens'; choose one of auto, batch-mean"),
         ({"weight": 3}, "expected weight to be a function of a batch, got 3"),
     ],
 )
 def test_unknown_options_are_refused_before_the_model_runs(options, message):
-    p, counts = gallery.mlp(), []
+    p, counts = gallery.mlp(), Calls()
     with pytest.raises(OptionError, match=message):
         HessianOperator(CountingModel(p.model, counts), p.batches, p.loss_fn, **options)
-    assert len(counts) == 0
+    assert counts.number == 0
 
 
 def test_data_that_are_read_again_have_no_graph_to_keep():
@@ -108,7 +125,7 @@ def test_data_that_are_read_again_have_no_graph_to_keep():
 
 def test_finite_differences_of_half_precision_are_refused():
     p = gallery.mlp(torch.bfloat16)
-    with pytest.raises(OptionError, match=r"finite differences in torch.bfloat16.*model.float\(\)"):
+    with pytest.raises(OptionError, match=r"got some in torch.bfloat16.*model.float\(\)"):
         HessianOperator(p.model, p.batches, p.loss_fn, method="finite_difference")
 
 

@@ -15,10 +15,13 @@ from torchlinop.batches import tree_map
 from torchlinop.errors import (
     CheckpointError,
     DoubleBackwardError,
+    EmptyDataError,
     LossShapeError,
     NonDeterministicDataError,
     NonFiniteError,
     OneShotDataError,
+    OptionError,
+    ParameterError,
     PrecisionWarning,
     TrainModeWarning,
     UnusedParameterWarning,
@@ -157,7 +160,7 @@ def test_dropout_and_batchnorm_are_evaluated_in_eval_mode_with_one_warning():
     with pytest.warns(TrainModeWarning, match="1 Dropout and 1 BatchNorm modules") as warned:
         H = HessianOperator(p.model, p.batches, p.loss_fn)
     assert relative(H.to_dense(), expected) < 1e-12
-    assert len(warned) == 1
+    assert [w.filename for w in warned] == [__file__]  # once, and at the line that builds it
     assert p.model.training
 
 
@@ -173,6 +176,23 @@ def test_train_mode_pins_one_dropout_mask_a_batch():
     assert H.check(strict=True).symmetry < 1e-14
     other = HessianOperator(model, p.batches, p.loss_fn, seed=1, **options)
     assert relative(other @ v, first) > 0.01
+
+
+@pytest.mark.parametrize("method", ["forward_over_reverse", "finite_difference"])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_every_evaluation_of_a_batch_draws_the_same_random_numbers(method, noise):
+    p = gallery.mlp()
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def noisy(model, batch):
+        x, y = batch
+        return F.cross_entropy(model(x + noise * torch.randn_like(x)), y)
+
+    data = ([p.full_batch], noisy)
+    exact = HessianOperator(model, *data, mode="train")
+    other = HessianOperator(model, *data, mode="train", method=method, column_chunk=2)
+    V = exact.space.random(5)
+    assert relative(other @ V, exact @ V) < 1e-7
 
 
 def test_train_mode_of_batchnorm_differentiates_through_the_batch_statistics():
@@ -198,7 +218,7 @@ def test_unused_parameters_have_zero_rows_and_one_warning_names_them():
     ) as w:
         H = HessianOperator(p.model, p.batches, loss)
     dense = H.to_dense()
-    assert len(w) == 1
+    assert [warning.filename for warning in w] == [__file__]
     assert torch.count_nonzero(dense[53:]) == torch.count_nonzero(dense[:, 53:]) == 0
     p.model.__delattr__("spare")
     assert relative(dense[:53, :53], truth(p)) < 1e-12
@@ -357,9 +377,10 @@ def test_a_bfloat16_model_has_float32_vectors_and_reports_its_noise():
     assert relative(H.to_dense().double(), exact) < 0.1
 
 
-def test_autocast_is_off_inside():
+@pytest.mark.parametrize("linearization", ["keep", "rebuild"])
+def test_autocast_is_off_inside(linearization):
     p = gallery.mlp(torch.float32)
-    H = HessianOperator(p.model, p.batches, p.loss_fn, linearization="rebuild")
+    H = HessianOperator(p.model, p.batches, p.loss_fn, linearization=linearization)
     v = H.space.random(1)[:, 0]
     expected = H @ v
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -592,6 +613,140 @@ def test_losses_that_forward_mode_cannot_differentiate_fall_back(loss):
     )
     expected = dense_hessian(lambda: loss(model(X), Y), list(model.parameters()))
     assert relative(H.to_dense(), expected) < 1e-12
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_loss_that_reaches_parameters_past_the_model_is_refused(own):
+    p = gallery.mlp()
+    outside = list(p.model.parameters())
+
+    def decayed(model, batch):
+        parameters = model.parameters() if own else outside
+        return p.loss_fn(model, batch) + 0.5 * sum(q.pow(2).sum() for q in parameters)
+
+    if own:
+        H = HessianOperator(p.model, p.batches, decayed)
+        assert relative(H.to_dense(), truth(p) + torch.eye(53)) < 1e-12
+    else:
+        with pytest.raises(ParameterError, match=r"the loss uses 0\.bias, 0\.weight, .* directly"):
+            HessianOperator(p.model, p.batches, decayed)
+
+
+def test_a_frozen_view_of_a_trained_parameter_is_a_constant():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model = model.double()
+    model.b.weight = nn.Parameter(model.a.weight.data, requires_grad=False)
+    X = torch.randn(5, 3).double()
+
+    def loss(m, x):
+        return m["b"](torch.tanh(m["a"](x))).pow(2).mean()
+
+    H = HessianOperator(model, [X], loss)
+    expected = dense_hessian(lambda: loss(model, X), [model.a.weight])
+    assert H.layout.status == {"a.weight": "selected", "b.weight": "frozen"}
+    assert relative(H.to_dense(), expected) < 1e-12
+
+
+class CheckpointedFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4).double())
+
+    def forward(self, x):
+        def twice(x):
+            return torch.tanh(torch.tanh(x @ self.w) @ self.w)
+
+        return torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=False)
+
+
+def test_checkpointed_functions_without_modules_are_recomputed_at_the_right_parameters():
+    model, X = CheckpointedFunction(), torch.randn(5, 4).double()
+    expected = dense_hessian(lambda: model(X).pow(2).mean(), [model.w])
+    H = HessianOperator(model, [X], lambda m, x: m(x).pow(2).mean())
+    assert H.linearization == "rebuilt"
+    with torch.no_grad():
+        model.w.add_(1)
+    assert relative(H.to_dense(), expected) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["autograd", "forward_over_reverse", "finite_difference"])
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_batches_that_do_not_involve_the_selected_parameters_add_nothing(method, order):
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}).double()
+    X = torch.randn(4, 3).double()
+    H = HessianOperator(
+        model,
+        [(name, X) for name in order],
+        lambda m, b: m[b[0]](b[1]).pow(2).mean(),
+        weight=lambda b: 1,
+        param_filter=lambda name, p: name.startswith("b"),
+        method=method,
+    )
+    b = list(model.b.parameters())
+    expected = dense_hessian(lambda: model.b(X).pow(2).mean() / 2, b)
+    assert relative(H.to_dense(), expected) < 1e-8
+    gradient = torch.autograd.grad(model.b(X).pow(2).mean() / 2, b)
+    torch.testing.assert_close(H.gradient(), torch.cat([g.flatten() for g in gradient]))
+
+
+@pytest.mark.parametrize("weight", [lambda b: -1, lambda b: None, lambda b: float("nan")])
+def test_weights_that_are_no_counts_are_refused(weight):
+    p = gallery.mlp()
+    with pytest.raises(WeightingError, match=r"0 or more, got .* for batch 0; return len"):
+        HessianOperator(p.model, p.batches, p.loss_fn, weight=weight)
+
+
+def test_nan_in_data_that_are_read_again_is_not_called_random():
+    p = gallery.mlp()
+    p.batches[1][0][0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="the loss over all data is nan; clean"):
+        HessianOperator(p.model, p.batches, p.loss_fn, weight=lambda b: 1, pin_data=False)
+
+
+def test_nan_in_the_first_vector_does_not_hide_nan_in_the_data():
+    p = gallery.mlp()
+    p.batches[1][0][0, 0] = torch.nan
+    H = HessianOperator(p.model, p.batches, p.loss_fn, weight=lambda b: 1)
+    H @ torch.full((53,), torch.nan).double()
+    with pytest.raises(NonFiniteError, match="in batch 1"):
+        H @ torch.ones(53).double()
+
+
+def test_all_labels_masked_is_refused():
+    p = gallery.mlp()
+    p.full_batch[1][:] = -100
+    with pytest.raises(EmptyDataError, match="0 weights in all batches; check for empty batches"):
+        HessianOperator(p.model, p.batches, p.loss_fn, weight=lambda b: (b[1] != -100).sum())
+
+
+def test_an_error_of_the_loss_is_not_taken_for_a_missing_forward_rule():
+    p, calls = gallery.mlp(), []
+
+    def failing(model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of disk space")
+        return p.loss_fn(model, batch)
+
+    H = HessianOperator(p.model, [p.full_batch], failing, method="forward_over_reverse")
+    with pytest.raises(RuntimeError, match="out of disk space"):
+        H @ torch.ones(53, 3).double()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_model_is_refused():
+    p = gallery.mlp()
+    with pytest.raises(
+        OptionError, match="got a RecursiveScriptModule; give the operator the model"
+    ):
+        HessianOperator(torch.jit.script(p.model), p.batches, p.loss_fn)
+
+
+def test_dropout_between_recurrent_layers_is_noticed():
+    model = nn.LSTM(3, 4, num_layers=2, dropout=0.5, batch_first=True).double()
+    X = torch.randn(2, 3, 3).double()
+    with pytest.warns(TrainModeWarning, match="1 Dropout and 0 BatchNorm"):
+        HessianOperator(model, [X], lambda m, x: m(x)[0].pow(2).mean())
 
 
 def test_a_loss_that_uses_the_model_by_closure_is_exact():

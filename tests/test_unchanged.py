@@ -1,6 +1,7 @@
 """Whatever is called, also if it raises, the user's model and random states are bit-identical."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,6 +47,52 @@ def assert_equal_states(before, after):
             assert (value == after[key]).all(), key
         else:
             assert value == after[key], key
+
+
+class Growing(nn.Module):
+    """Registers a module, a buffer and a hook, and appends to a list, whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.history = []
+        self.cache = {}
+
+    def forward(self, x):
+        self.register_buffer("seen", torch.ones(1), persistent=False)
+        self.extra = nn.Linear(2, 2)
+        self.layer.register_forward_hook(lambda *_: None)
+        self.history.append(self.layer(x))
+        self.cache["weight"] = self.layer.weight
+        return self.history[-1]
+
+
+def test_what_a_model_registers_while_it_runs_is_gone_afterwards():
+    model = Growing().double()
+    before = state_of(model)
+    H = HessianOperator(model, BATCHES, gallery.cross_entropy, linearization="rebuild")
+    H @ torch.ones(H.size).double()
+    assert_equal_states(before, state_of(model))
+    assert list(dict(model.named_modules())) == ["", "layer"]
+    assert not model.history
+    assert not model.cache
+    assert not model._non_persistent_buffers_set
+
+
+def test_two_operators_that_share_a_module_can_be_used_from_two_threads():
+    p = gallery.mlp()
+    wrapped = nn.Sequential(p.model)
+    before = state_of(wrapped)
+    operators = [
+        HessianOperator(m, BATCHES, p.loss_fn, linearization="rebuild") for m in (p.model, wrapped)
+    ]
+    v = torch.ones(53).double()
+    expected = operators[0] @ v
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: operators[i % 2] @ v, range(24)))
+    assert all(torch.equal(Hv, expected) for Hv in results)
+    assert_equal_states(before, state_of(wrapped))
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 class Disturbing(nn.Module):

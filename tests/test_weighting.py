@@ -97,8 +97,55 @@ def test_batches_that_cannot_be_counted_are_refused():
 
 def test_single_sequences_that_cannot_be_joined_are_refused_when_rules_differ():
     rows = [{"labels": torch.tensor([[1, 2, 3, -100]])}, {"labels": torch.tensor([[1, 2]])}]
-    with pytest.raises(WeightingError, match="no two of them can be joined"):
+    with pytest.raises(WeightingError, match="samples, unmasked labels, .* sum all explain"):
         find_weighting(rows, None, EPS)
+
+
+def test_class_weights_on_sorted_data_are_refused_though_every_batch_looks_like_a_mean():
+    weight = torch.tensor([1.0, 2, 10]).double()
+    logits = LOGITS[:, :3]
+    data = list(zip(logits.split(4), (torch.arange(12) // 4).split(4), strict=True))
+    with pytest.raises(WeightingError, match="no count explains"):
+        find_weighting(data, lambda b: F.cross_entropy(*b, weight=weight), EPS)
+
+
+def test_masks_that_begin_in_a_later_batch_are_found_out():
+    labels = LABELS.clone()
+    labels[[7, 9, 11]] = -100
+    data = [{"x": x, "y": y} for x, y in batches(6, 6, labels=labels)]
+    found = find_weighting(data, lambda b: F.cross_entropy(b["x"], b["y"]), EPS)
+    assert found.unit == "unmasked labels"
+
+
+def test_masks_where_no_rule_looks_for_them_are_refused():
+    labels = LABELS.clone()
+    labels[[7, 9, 11]] = -100
+    data = [(x, y, torch.arange(6)) for x, y in batches(6, 6, labels=labels)]
+    with pytest.raises(WeightingError, match="no count explains"):
+        find_weighting(data, lambda b: F.cross_entropy(b[0], b[1]), EPS)
+
+
+def test_losses_that_tell_no_rule_from_another_are_refused():
+    labels = LABELS.clone()
+    labels[[1, 7]] = -100
+    constant = [(torch.zeros_like(x), y) for x, y in batches(5, 5, 2, labels=labels)]
+    with pytest.raises(WeightingError, match="samples, unmasked labels all explain"):
+        find_weighting(constant, mean, EPS)
+
+
+def test_a_loss_that_fails_on_parts_of_a_batch_is_refused_with_its_reason():
+    def whole_only(batch):
+        if len(batch[1]) != 6:
+            raise IndexError("index 5 is out of bounds")
+        return mean(batch)
+
+    with pytest.raises(WeightingError, match=r"part of a batch failed \(index 5 is out of bounds"):
+        find_weighting(batches(6, 6), whole_only, EPS)
+
+
+def test_a_loss_that_fails_on_its_own_raises_its_own_error():
+    with pytest.raises(ZeroDivisionError):
+        find_weighting(batches(6, 6), lambda b: 1 / 0, EPS)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

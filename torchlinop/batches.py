@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from torchlinop.errors import BatchError, EmptyDataError, OneShotDataError
 from torchlinop.random_state import preserved_random_state
@@ -24,8 +26,10 @@ class _Movable(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
 
-def tree_map(function: Leaf, batch: Batch) -> Batch:
-    """The same tree with ``function`` applied to every tensor; other leaves stay as they are.
+def tree_map(
+    function: Leaf, batch: Batch, other: Callable[[Any], Any] = lambda leaf: leaf
+) -> Batch:
+    """The same tree with ``function`` applied to every tensor, and ``other`` to other leaves.
 
     Knows tensors, tuples, named tuples, lists, mappings (``BatchEncoding`` and ``UserDict``
     too, whose class is kept) and dataclasses.
@@ -33,25 +37,26 @@ def tree_map(function: Leaf, batch: Batch) -> Batch:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, tuple):
-        parts = [tree_map(function, part) for part in batch]
+        parts = [tree_map(function, part, other) for part in batch]
         return type(batch)._make(parts) if hasattr(batch, "_make") else tuple(parts)
     if isinstance(batch, list):
-        return [tree_map(function, part) for part in batch]
+        return [tree_map(function, part, other) for part in batch]
     if isinstance(batch, MutableMapping):
         same = copy.copy(batch)
         if getattr(same, "data", None) is getattr(batch, "data", batch):
             same.data = copy.copy(batch.data)  # type: ignore[attr-defined]  # UserDict, BatchEncoding
         for key in batch:
-            same[key] = tree_map(function, batch[key])
+            same[key] = tree_map(function, batch[key], other)
         return same
     if isinstance(batch, Mapping):
-        return {key: tree_map(function, value) for key, value in batch.items()}
+        return {key: tree_map(function, value, other) for key, value in batch.items()}
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         replica = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            object.__setattr__(replica, field.name, tree_map(function, getattr(batch, field.name)))
+            value = tree_map(function, getattr(batch, field.name), other)
+            object.__setattr__(replica, field.name, value)
         return replica
-    return batch
+    return other(batch)
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -67,11 +72,12 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``; a leaf of another library is moved by its own ``.to``."""
-    moved = tree_map(lambda tensor: _differentiable(tensor.to(device)), batch)
-    if moved is batch and isinstance(batch, _Movable) and not isinstance(batch, Tensor):
-        return batch.to(device)
-    return moved
+    """The batch on ``device``; leaves of other libraries are moved by their own ``.to``."""
+    return tree_map(
+        lambda tensor: _differentiable(tensor.to(device)),
+        batch,
+        lambda leaf: leaf.to(device) if isinstance(leaf, _Movable) else leaf,
+    )
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
@@ -84,28 +90,42 @@ def detached_copy(batch: Batch) -> Batch:
     return tree_map(lambda tensor: tensor.detach().clone(), batch)
 
 
-def nbytes(batches: Iterable[Batch]) -> int:
-    """Bytes of all tensors in the batches."""
-    return sum(t.numel() * t.element_size() for batch in batches for t in tensors(batch))
-
-
 def count_samples(batch: Batch) -> int | None:
     """The length that most tensors of the batch share along their first axis; None if unknown."""
     lengths = Counter(t.shape[0] for t in tensors(batch) if t.ndim > 0)
     return lengths.most_common(1)[0][0] if lengths else None
 
 
+def can_be_cut(batch: Batch) -> bool:
+    """Whether all that counts samples are tensors: lists of texts and NumPy arrays are not cut."""
+    samples = count_samples(batch)
+    return samples is not None and not _holds_uncut(batch, samples)
+
+
+def _holds_uncut(part: Batch, samples: int) -> bool:
+    if isinstance(part, np.ndarray):
+        return bool(part.shape[:1] == (samples,))
+    if isinstance(part, Mapping):
+        return any(_holds_uncut(value, samples) for value in part.values())
+    if isinstance(part, tuple | list):
+        listed = len(part) == samples and samples > 0 and not tensors(part)
+        return listed or any(_holds_uncut(value, samples) for value in part)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return any(_holds_uncut(value, samples) for value in vars(part).values())
+    return False
+
+
 def take(batch: Batch, start: int, stop: int) -> Batch:
     """Samples ``start`` to ``stop``: every tensor whose first axis counts samples is cut (a view).
 
     Raises:
-        BatchError: no axis counts samples.
+        BatchError: no axis counts samples, or some part is a list or array of samples.
     """
     samples = count_samples(batch)
-    if samples is None:
+    if not can_be_cut(batch):
         raise BatchError(
-            f"expected a batch whose tensors have a sample axis first, got {describe(batch)}: "
-            "it cannot be split; leave microbatch_size out"
+            f"expected a batch whose parts are tensors with a sample axis first, got "
+            f"{describe(batch)}: it cannot be split; leave microbatch_size out"
         )
 
     def cut(tensor: Tensor) -> Tensor:
@@ -130,6 +150,8 @@ def join(a: Batch, b: Batch) -> Batch | None:
     if [t.shape[1:] for t in tensors(a)] != [t.shape[1:] for t in of_b]:
         return None
     samples = count_samples(a)
+    if not (can_be_cut(a) and can_be_cut(b)):
+        return None
     other = iter(of_b)
 
     def cat(tensor: Tensor) -> Tensor:
@@ -154,10 +176,12 @@ def describe(batch: Batch) -> str:
 def is_one_batch(data: object) -> bool:
     """Whether the data are a bare batch: a tensor, mapping, tuple of tensors or dataclass.
 
-    A list is always a list of batches.
+    A list is always a list of batches, and a tuple of tuples, lists or mappings is a tuple of them.
     """
+    if isinstance(data, tuple) and not hasattr(data, "_make"):
+        return not all(isinstance(part, tuple | list | Mapping) for part in data)
     if isinstance(data, tuple):
-        return bool(data) and not isinstance(data[0], tuple | list | Mapping)
+        return True
     return isinstance(data, Tensor | Mapping) or dataclasses.is_dataclass(data)
 
 
@@ -169,6 +193,11 @@ def read(data: Iterable[Batch], num_batches: int | None, device: torch.device) -
     """
     if is_one_batch(data):
         data = [data]
+    if isinstance(data, Dataset) and not isinstance(data, Iterable):
+        raise BatchError(
+            f"expected batches, got a {type(data).__name__} of samples; "
+            "pass DataLoader(dataset, batch_size=...)"
+        )
     if not isinstance(data, Iterable):
         raise BatchError(
             f"expected batches in a list, a DataLoader or another iterable, got "

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from torchlinop.batches import Batch, count_samples, pin, read, refuse_one_shot, split
-from torchlinop.errors import EmptyDataError
+from torchlinop.errors import EmptyDataError, WeightingError
 from torchlinop.random_state import preserved_random_state
 from torchlinop.weighting import Weighting
 
@@ -94,7 +94,7 @@ def pinned_data(
     whole = pin(source, num_batches, device)
     parts = tuple(part for batch in whole for part in split(batch, microbatch_size))
     weighting = weighting_of(parts)
-    counts = [weighting.count(part) for part in parts]
+    counts = [_count(weighting, part, b) for b, part in enumerate(parts)]
     _refuse_no_terms(sum(counts), weighting)
     kept = [(p, c) for p, c in zip(parts, counts, strict=True) if c]
     total = sum(counts) if weighting.mean else 1.0
@@ -123,13 +123,27 @@ def reread_data(
     total, samples, batches = 0.0, 0, 0
     with closing(iter(data)) as parts:  # type: ignore[type-var]  # a generator
         for part, _ in parts:
-            total += weighting.count(part)
+            total += _count(weighting, part, batches)
             samples += count_samples(part) or 0
             batches += 1
     _refuse_no_terms(total, weighting)
     return RereadData(
         source, num_batches, microbatch_size, device, weighting, total, samples, batches
     )
+
+
+def _count(weighting: Weighting, batch: Batch, b: int) -> float:
+    count = weighting.count(batch)
+    try:
+        number = float(count)
+    except TypeError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise WeightingError(
+            f"expected weight(batch) to be a number of loss terms, 0 or more, got {count} "
+            f"for batch {b}; return len(batch[1]), say"
+        )
+    return number
 
 
 def _refuse_no_terms(total: float, weighting: Weighting) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 ScalarFunction = Callable[[Tensor], Tensor]
+
+# What torch says of operations that forward mode, or a batch of it, cannot pass through.
+_NO_RULE = re.compile(
+    "NotImplementedError|forward.?(mode )?AD|ZeroTensors|vmap|functorch|torch.func"
+)
 
 log = logging.getLogger("torchlinop")
 
@@ -40,6 +46,17 @@ class Derivative(Protocol):
         ...
 
 
+def gradient_of(f: ScalarFunction, theta: Tensor, *, create_graph: bool = False) -> Tensor:
+    """∇f(θ), zero where f does not depend on θ. ``create_graph`` links it to a theta with grad."""
+    theta = theta if create_graph else theta.detach().requires_grad_()
+    with torch.enable_grad():
+        value = f(theta)
+        if not value.requires_grad:
+            return torch.zeros_like(theta, requires_grad=False)
+        (gradient,) = torch.autograd.grad(value, theta, create_graph=create_graph)
+    return gradient
+
+
 @dataclass(frozen=True)
 class ReverseOverReverse:
     """Exact: reverse mode through the graph of the gradient, which is built once.
@@ -52,11 +69,10 @@ class ReverseOverReverse:
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(f(theta), theta, create_graph=True)
+        gradient = gradient_of(f, theta, create_graph=True)
 
         def product(V: Tensor, *, last: bool = False) -> Tensor:
-            if not gradient.requires_grad:  # f is linear
+            if not gradient.requires_grad:  # f is linear, or constant
                 return torch.zeros_like(V)
             block = V.shape[1] > 1
             (HV,) = torch.autograd.grad(
@@ -72,22 +88,23 @@ class ReverseOverReverse:
         return product
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardOverReverse:
     """Exact: forward mode through the gradient; nothing is kept, so memory stays at two gradients.
 
-    Costs about four gradients a column. Where an operation has no forward rule, the products
-    are taken by ``fallback``, and the log says so once a batch.
+    Costs about four gradients a column. Where an operation has no forward rule, all further
+    products are taken by ``fallback``, and the log says so once.
     """
 
     fallback: Derivative = ReverseOverReverse()
+    _without_rule: bool = field(default=False, init=False, repr=False)
     shares_work = False
     exact = True
 
     def hvp(self, f: ScalarFunction, theta: Tensor) -> HessianMap:
         theta = theta.detach()
         gradient = torch.func.grad(f)
-        missing: list[HessianMap] = []
+        fallback: list[HessianMap] = []
 
         def column(v: Tensor) -> Tensor:
             with warnings.catch_warnings():
@@ -97,18 +114,23 @@ class ForwardOverReverse:
                 tangent: Tensor = torch.func.jvp(gradient, (theta,), (v,))[1]
             return tangent
 
+        def forward(V: Tensor) -> Tensor:
+            if V.shape[1] == 1:
+                return column(V[:, 0])[:, None]
+            return torch.func.vmap(column, in_dims=1, out_dims=1, randomness="same")(V)
+
         def product(V: Tensor, *, last: bool = False) -> Tensor:
-            if not missing:
+            if not self._without_rule:
                 try:
-                    if V.shape[1] == 1:
-                        return column(V[:, 0])[:, None]
-                    return torch.func.vmap(column, in_dims=1, out_dims=1)(V)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:  # NotImplementedError is one, too
+                    return forward(V)
+                except RuntimeError as error:
+                    if not _NO_RULE.search(f"{type(error).__name__}: {error}"):
+                        raise
                     log.info("no forward-over-reverse product, using %s: %s", self.fallback, error)
-                    missing.append(self.fallback.hvp(f, theta))
-            return missing[0](V, last=last)
+                    self._without_rule = True
+            if not fallback:
+                fallback.append(self.fallback.hvp(f, theta))
+            return fallback[0](V, last=last)
 
         return product
 
@@ -131,12 +153,6 @@ class FiniteDifference:
         roundoff = torch.finfo(theta.dtype).eps / 2
         step = self.step or roundoff ** (1 / 3) * (1 + torch.linalg.vector_norm(theta))
 
-        def gradient(point: Tensor) -> Tensor:
-            point = point.requires_grad_()
-            with torch.enable_grad():
-                (g,) = torch.autograd.grad(f(point), point)
-            return g
-
         def column(v: Tensor) -> Tensor:
             # Scaled by the largest entry first, so that no square under- or overflows; clamped
             # rather than tested for zero, which would make the host wait for the device.
@@ -147,7 +163,7 @@ class FiniteDifference:
             unit = scaled / length
             plus, minus = theta + step * unit, theta - step * unit
             moved = torch.dot(plus - minus, unit).clamp_min(tiny)
-            difference = gradient(plus) - gradient(minus)
+            difference = gradient_of(f, plus) - gradient_of(f, minus)
             return difference.mul_(length / moved * largest)
 
         def product(V: Tensor, *, last: bool = False) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torchlinop.errors import CheckpointError, DoubleBackwardError
+from torchlinop.errors import CheckpointError, DoubleBackwardError, ParameterError
 
 _NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
 _COMPILED = "does not currently support double backward"
@@ -46,14 +46,20 @@ def second_derivatives_explained(
         raise
 
 
-def refuse_silent_gaps(loss: Tensor, *, twice: bool) -> None:
+def refuse_silent_gaps(loss: Tensor, own: Mapping[Tensor, str], *, twice: bool) -> None:
     """Refuse graphs of which autograd would give wrong derivatives without an error.
+
+    Parameters reached past the model (``own``, with their names) would count as constant.
 
     A reentrantly checkpointed segment is opaque: parameters used inside seem to have no
     influence. A backward marked @once_differentiable counts as constant (if ``twice``) where
     its incoming gradient does not depend on the parameters.
     """
+    bypassed: list[str] = []
     for node in _ancestors([loss.grad_fn]):
+        variable = getattr(node, "variable", None)  # of the leaves
+        if variable is not None and variable in own:
+            bypassed.append(own[variable])
         if node.name().startswith("CheckpointFunction"):
             raise CheckpointError(
                 "the model uses reentrant checkpointing, which cannot be differentiated twice. "
@@ -69,6 +75,13 @@ def refuse_silent_gaps(loss: Tensor, *, twice: bool) -> None:
                 "derivative. Write its backward with torch operations, or use "
                 'method="finite_difference"'
             )
+
+    if bypassed:
+        raise ParameterError(
+            f"the loss uses {', '.join(sorted(bypassed))} directly, not through the model it is "
+            "given; take parameters from loss_fn's own argument, as model.parameters(), and leave "
+            "parametrize.cached() first"
+        )
 
 
 def _ancestors(roots: Iterable[Node | None], known: set[Node] | None = None) -> Iterator[Node]:

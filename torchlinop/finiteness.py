@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.batches import Batch
+from torchlinop.derivatives import gradient_of
 from torchlinop.errors import NonFiniteError
 from torchlinop.objective import Objective
 
@@ -16,9 +17,7 @@ def refuse_non_finite(objective: Objective, product: Tensor) -> None:
 
     def locate(b: int, batch: Batch) -> Tensor:
         with objective.evaluating(b, batch) as f:
-            theta = objective.theta.clone().requires_grad_()
-            loss = f(theta)
-            (g,) = torch.autograd.grad(loss, theta)
+            loss, g = f(objective.theta), gradient_of(f, objective.theta)
         for name, piece in objective.layout.unflatten(g).items():
             if not (torch.isfinite(loss) and torch.isfinite(piece).all()):
                 raise NonFiniteError(
@@ -31,5 +30,6 @@ def refuse_non_finite(objective: Objective, product: Tensor) -> None:
     objective.mean(locate)
     raise NonFiniteError(
         f"H v has {bad} NaN or infinite entries, though loss and gradient are finite: "
-        "a second derivative is singular, as that of sqrt or norm at 0. Smooth it there"
+        "a second derivative is singular, as that of sqrt or norm at 0, or the product overflows. "
+        "Smooth the loss there, or scale v down"
     )

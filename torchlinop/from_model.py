@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal, TypedDict, get_args
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.data import pinned_data, reread_data
-from torchlinop.errors import NonDeterministicDataError, OptionError
+from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
 from torchlinop.model_state import BorrowedModel, Mode, unwrap
 from torchlinop.objective import LossFn, Objective, scalar
 from torchlinop.parameters import ParameterLayout, ParamFilter
@@ -27,7 +28,7 @@ class ObjectiveOptions(TypedDict, total=False):
     param_filter: ParamFilter | None  # which trainable parameters; all by default
     full_dataset: bool  # False takes num_batches batches, or the first alone; default True
     num_batches: int | None  # at most so many batches; all by default
-    microbatch_size: int | None  # samples that go through the model at once; changes no matrix
+    microbatch_size: int | None  # samples that go through the model at once; no other matrix
     mode: Mode  # "eval" (default) or "train", with a pinned dropout mask for every batch
     weight: Callable[[Batch], float] | None  # loss terms of a batch; found by measurement
     weighting: WeightingName  # "auto" (default), or "batch-mean": every batch counts the same
@@ -35,7 +36,6 @@ class ObjectiveOptions(TypedDict, total=False):
     seed: int  # of whatever the model or loss draws at random; default 0
 
 
-@torch.inference_mode(False)
 def objective_from_model(
     model: nn.Module,
     dataloader: Iterable[Batch],
@@ -56,33 +56,34 @@ def objective_from_model(
     Raises:
         NoParametersError, ParameterError, OptionError, DataError, LossShapeError.
     """
-    _refuse_bad_options(num_batches, microbatch_size, weight, weighting)
-    module = unwrap(model)
-    layout = ParameterLayout.of(module, param_filter)
-    borrowed = BorrowedModel(module, layout, mode, seed)
-    borrowed.warn_if_training()
-    theta = layout.flatten(dict(module.named_parameters(remove_duplicate=False)))
-    space = VectorSpace(layout.size, theta.dtype, theta.device)
-    few = num_batches if full_dataset or num_batches else 1
+    _refuse_bad_options(num_batches, microbatch_size, weight, weighting, seed)
+    with torch.inference_mode(False):  # what is copied will enter graphs
+        module = unwrap(model)
+        layout = ParameterLayout.of(module, param_filter)
+        borrowed = BorrowedModel(module, layout, mode, seed)
+        borrowed.warn_if_training()
+        theta = layout.flatten(dict(module.named_parameters(remove_duplicate=False)))
+        space = VectorSpace(layout.size, theta.dtype, theta.device)
+        few = num_batches if full_dataset or num_batches else 1
 
-    def weighting_of(batches: tuple[Batch, ...]) -> Weighting:
-        if weight is not None:
-            return Weighting(weight, "weights")
-        if weighting == "batch-mean":
-            return BATCH_MEAN
-        return find_weighting(batches, evaluate, torch.finfo(layout.precision).eps)
+        def weighting_of(batches: tuple[Batch, ...]) -> Weighting:
+            if weight is not None:
+                return Weighting(weight, "weights")
+            if weighting == "batch-mean":
+                return BATCH_MEAN
+            return find_weighting(batches, evaluate, torch.finfo(layout.precision).eps)
 
-    def evaluate(batch: Batch) -> Tensor:
-        # In eval mode always: dropout would hide how the loss is reduced.
-        with borrowed.borrowed(mode="eval"), torch.no_grad():
-            return scalar(loss_fn(borrowed.place(layout.split(theta)), batch))
+        def evaluate(batch: Batch) -> Tensor:
+            # In eval mode always: dropout would hide how the loss is reduced.
+            with borrowed.borrowed(mode="eval"), torch.no_grad():
+                return scalar(loss_fn(borrowed.place(layout.split(theta)), batch))
 
-    read = pinned_data if pin_data else reread_data
-    data = read(dataloader, few, microbatch_size, theta.device, weighting_of)
-    objective = Objective(loss_fn, borrowed, layout, theta, space, data)
-    if not pin_data:
-        _refuse_changing_data(objective)
-    return objective
+        read = pinned_data if pin_data else reread_data
+        data = read(dataloader, few, microbatch_size, theta.device, weighting_of)
+        objective = Objective(loss_fn, borrowed, layout, theta, space, data)
+        if not pin_data:
+            _refuse_changing_data(objective)
+        return objective
 
 
 def _refuse_changing_data(objective: Objective) -> None:
@@ -90,8 +91,12 @@ def _refuse_changing_data(objective: Objective) -> None:
     with preserved_random_state(objective.space.device):
         values = []
         for seed in (0, 1):
-            reseed(seed)
+            reseed(seed, objective.space.device)
             values.append(float(objective.loss()))
+    if not all(map(math.isfinite, values)):
+        raise NonFiniteError(
+            f"the loss over all data is {values[0]:.4g}; clean the data, or the parameters"
+        )
     tolerance = 1000 * torch.finfo(objective.layout.precision).eps * max(map(abs, values))
     if not abs(values[0] - values[1]) <= tolerance:
         raise NonDeterministicDataError(
@@ -106,10 +111,15 @@ def _refuse_bad_options(
     microbatch_size: int | None,
     weight: object,
     weighting: str,
+    seed: int,
 ) -> None:
-    for name, number in (("num_batches", num_batches), ("microbatch_size", microbatch_size)):
-        if number is not None and number < 1:
-            raise OptionError(f"expected {name} to be at least 1, got {number}")
+    at_least = [("num_batches", num_batches, 1), ("microbatch_size", microbatch_size, 1)]
+    for name, number, least in [*at_least, ("seed", seed, 0)]:
+        if number is not None and not (isinstance(number, int) and number >= least):
+            raise OptionError(
+                f"expected {name} to be an integer of at least {least}, got {number!r}; "
+                "pass such a number, or leave it out"
+            )
     if weighting not in get_args(WeightingName):
         raise OptionError(
             f"unknown weighting {weighting!r}; choose one of {', '.join(get_args(WeightingName))}"

@@ -14,6 +14,7 @@ from torchlinop.columns import ColumnChunks
 from torchlinop.derivatives import Derivative, HessianMap
 from torchlinop.errors import CheckpointError, OptionError
 from torchlinop.memory import free_bytes
+from torchlinop.model_state import full_precision
 from torchlinop.objective import Objective
 from torchlinop.preflight import Preflight
 
@@ -44,7 +45,7 @@ class Kept:
 
     def __call__(self, b: int, batch: Batch, V: Tensor) -> Tensor:
         product = self._maps.get(b) or self._build(b, batch)
-        with self._objective.explained(b, batch):
+        with self._objective.explained(b, batch), full_precision(V.device):
             return self._columns.apply(product, V, last=False)
 
     def _build(self, b: int, batch: Batch) -> HessianMap:
@@ -112,11 +113,11 @@ class LinearizationPlan:
         budget = free // 2 if self.memory_budget is None else self.memory_budget
         limit = max(1, budget // max(1, facts.batch_bytes))
         columns = ColumnChunks(self.column_chunk, limit)
-        if self.policy == "keep" and facts.recomputes:
+        if self.policy == "keep" and facts.packs_tensors:
             raise CheckpointError(_cannot_keep("activation checkpointing recomputes its graph"))
         if self.policy == "keep" and not objective.data.pinned:
             raise OptionError(_cannot_keep("pin_data=False reads new batches"))
-        possible = self.derivative.shares_work and objective.data.pinned and not facts.recomputes
+        possible = self.derivative.shares_work and objective.data.pinned and not facts.packs_tensors
         fits = possible and facts.graph_bytes <= budget
         if self.policy == "keep" or (self.policy == "auto" and fits):
             log.info("the graphs at theta are kept: %.1f MB", facts.graph_bytes / 1e6)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -22,16 +22,22 @@ from torchlinop.random_state import preserved_random_state, reseed
 
 Mode = Literal["eval", "train"]
 
-_NORMS = (nn.modules.batchnorm._NormBase,)
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
-
-# Two operators on one model, used from two threads, must not borrow it at the same time.
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
+# Attention kernels, compiler stance and random states belong to the process, and models may
+# share modules: one evaluation at a time.
+_borrowing = threading.RLock()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    Raises:
+        OptionError: it is no module that runs in Python.
+    """
+    if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
+        raise OptionError(
+            f"expected a torch.nn.Module that runs in Python, got a {type(model).__name__}; "
+            "give the operator the model from before torch.jit.script or trace"
+        )
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = cast(nn.Module, model._orig_mod)
@@ -57,7 +63,10 @@ class BorrowedModel:
         self.seed = seed
         self.device = layout.slots[0].device
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        self._others = {name: parameters[name].detach().clone() for name in layout.filtered}
+        trained = {p.data_ptr() for p in self.module.parameters() if p.requires_grad}
+        shared = [name for name in layout.frozen if parameters[name].data_ptr() in trained]
+        self._others = {n: parameters[n].detach().clone() for n in (*layout.filtered, *shared)}
+        self._key = 0
         self._buffers = {
             name: buffer.detach().clone()
             for name, buffer in self.module.named_buffers(remove_duplicate=False)
@@ -73,17 +82,21 @@ class BorrowedModel:
         with them during a backward pass.
         """
         with ExitStack() as stack:
-            stack.enter_context(_lock_of(self.module))
+            stack.enter_context(_borrowing)
             stack.enter_context(_given_back(self.module))
             stack.enter_context(_twice_differentiable(self.module, self.device))
             stack.enter_context(preserved_random_state(self.device))
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
-            reseed(int(key[0]))
+            self._key = int(key[0])
             self.module.train((mode or self.mode) == "train")
             yield
 
     def place(self, parameters: Mapping[str, Tensor]) -> nn.Module:
-        """The model with these tensors as its parameters, and with fresh copies of its buffers."""
+        """The model with these tensors as its parameters, and with fresh copies of its buffers.
+
+        Every evaluation draws the same random numbers: differences are taken of one function.
+        """
+        reseed(self._key, self.device)
         for name, tensor in {**self._others, **parameters}.items():
             prefix, _, key = name.rpartition(".")
             self.module.get_submodule(prefix)._parameters[key] = tensor  # type: ignore[assignment]
@@ -95,38 +108,59 @@ class BorrowedModel:
     def warn_if_training(self) -> None:
         """Warn when evaluation mode changes what the user's model computes."""
         modules = [m for m in self.module.modules() if m.training]
-        dropouts = sum(isinstance(m, _DROPOUTS) and m.p > 0 for m in modules)
-        norms = sum(isinstance(m, _NORMS) for m in modules)
+        dropouts = sum(float(_dropout_of(m)) > 0 for m in modules)
+        norms = sum(bool(getattr(m, "track_running_stats", False)) for m in modules)
         if self.mode == "eval" and dropouts + norms:
             warnings.warn(
                 f"model.training is True; {dropouts} Dropout and {norms} BatchNorm modules were "
                 'evaluated in eval mode. Pass mode="train" for the training-mode matrix.',
                 TrainModeWarning,
-                stacklevel=4,
+                stacklevel=4,  # the line that builds the operator
             )
 
 
-def _lock_of(module: nn.Module) -> threading.RLock:
-    with _locks_guard:
-        return _locks.setdefault(module, threading.RLock())
+def _dropout_of(module: nn.Module) -> float:
+    """The probability with which a module drops what passes through it."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    rate = getattr(module, "dropout", 0.0)  # of an RNN or an attention
+    return rate if isinstance(rate, float) else 0.0
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast off, on the CPU and on ``device``."""
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager
 def _given_back(model: nn.Module) -> Iterator[None]:
-    """Restore every attribute, parameter and buffer slot, and mode of every module."""
-    modules = list(model.modules())
-    saved = [(dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    """Restore the attributes of every module, and what its lists, sets and dicts hold.
+
+    Modes, parameters, buffers, submodules and hooks are such attributes.
+    """
+    saved = [
+        (attributes, dict(attributes), [(c, copy.copy(c)) for c in _containers(attributes)])
+        for attributes in map(vars, model.modules())
+    ]
     try:
         yield
     finally:
-        for module, (attributes, parameters, buffers) in zip(modules, saved, strict=True):
-            for slots, values in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module.__dict__, attributes),
-            ):
-                slots.clear()
-                slots.update(values)  # type: ignore[arg-type]
+        for attributes, values, containers in saved:
+            attributes.clear()
+            attributes.update(values)
+            for container, content in containers:
+                container.clear()
+                fill = container.extend if isinstance(container, list) else container.update
+                fill(content)
+
+
+def _containers(attributes: dict[str, Any]) -> list[Any]:
+    return [value for value in attributes.values() if isinstance(value, dict | set | list)]
 
 
 @contextmanager
@@ -135,8 +169,7 @@ def _twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[No
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision(device))
         # The fused attention kernels have no second derivative, the mathematical one has.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.data import WeightedData
-from torchlinop.derivatives import ScalarFunction
+from torchlinop.derivatives import ScalarFunction, gradient_of
 from torchlinop.diagnosis import second_derivatives_explained
 from torchlinop.errors import LossShapeError
 from torchlinop.model_state import BorrowedModel
@@ -107,9 +107,7 @@ class Objective:
 
         def term(b: int, batch: Batch) -> Tensor:
             with self.evaluating(b, batch) as f:
-                theta = self.theta.clone().requires_grad_()
-                (g,) = torch.autograd.grad(f(theta), theta)
-            return g
+                return gradient_of(f, self.theta)
 
         return self.mean(term)
 

@@ -187,7 +187,7 @@ class ParameterLayout:
         if v.shape[:1] != (self.size,):
             raise VectorError(
                 f"expected a vector of shape ({self.size},) or a block ({self.size}, k), "
-                f"got {tuple(v.shape)}"
+                f"got {tuple(v.shape)}; pass one of this operator"
             )
         columns = v.shape[1:]
         return {s.name: v[s.offset : s.stop].view(s.shape + columns) for s in self.slots}
@@ -217,7 +217,7 @@ class ParameterLayout:
         """The layout of these slots alone, moved together."""
         offsets = [0, *itertools.accumulate(slot.numel for slot in slots)]
         moved = (replace(slot, offset=o) for slot, o in zip(slots, offsets, strict=False))
-        left = tuple(name for name in self.names if name not in {slot.name for slot in slots})
+        left = tuple(name for slot in self.slots if slot not in slots for name in slot.names)
         return ParameterLayout(tuple(moved), self.frozen, self.filtered + left)
 
 
@@ -225,7 +225,8 @@ def _storage(parameter: nn.Parameter) -> object:
     """Equal for parameters that are the same numbers in memory."""
     if _unfit(parameter) or parameter.numel() == 0:
         return id(parameter)
-    return (parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
+    where = (parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
+    return (*where, parameter.requires_grad)
 
 
 def _unfit(parameter: nn.Parameter) -> str | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from torchlinop.batches import tensors
+from torchlinop.batches import Batch, tensors
 from torchlinop.diagnosis import refuse_silent_gaps
 from torchlinop.errors import LossShapeError, UnusedParameterWarning
 from torchlinop.memory import SavedBytes
@@ -21,7 +24,7 @@ class Preflight:
 
     graph_bytes: int  # held by the kept graphs of all batches, if all are like the first
     batch_bytes: int  # of these, for the first batch: about what one more column needs in a pass
-    recomputes: bool  # whether a backward pass runs modules again (activation checkpointing)
+    packs_tensors: bool  # whether saved tensors are packed away, as by activation checkpointing
     unused: tuple[str, ...]  # selected parameters that do not influence the loss
 
 
@@ -32,68 +35,70 @@ def preflight(objective: Objective, second_order: bool) -> Preflight:
 
     Raises:
         LossShapeError: the loss is no scalar, or has no graph.
+        ParameterError: the loss uses parameters that are not those of the model it is given.
         DoubleBackwardError: the graph has a gap that autograd would pass over silently.
     """
     facts: list[tuple[int, bool]] = []
     unused: set[str] = set(objective.layout.names)
 
-    def examine(b: int, batch: object) -> Tensor:
+    def examine(b: int, batch: Batch) -> Tensor:
         nonlocal unused
         if unused:
-            found = _gradient_facts(objective, b, batch, second_order and b == 0)
-            facts.append(found[:2])
-            unused &= set(found[2])
+            saved, packed, without = _gradient_facts(objective, b, batch, second_order)
+            facts.append((saved, packed))
+            unused &= without
         return torch.zeros(())
 
     objective.mean(examine)
+    if len(unused) == len(objective.layout.slots):
+        raise LossShapeError(
+            "the loss does not require grad: was it computed under no_grad, or detached, "
+            "or do the selected parameters not enter it? Return a loss with its graph"
+        )
     if unused:
         _warn_unused(objective, unused)
-    saved, recomputes = facts[0]
-    return Preflight(saved * objective.data.batches, saved, recomputes, tuple(sorted(unused)))
+    saved, packed = max(saved for saved, _ in facts), any(packed for _, packed in facts)
+    return Preflight(saved * objective.data.batches, saved, packed, tuple(sorted(unused)))
 
 
 def _gradient_facts(
-    objective: Objective, b: int, batch: object, second_order: bool
-) -> tuple[int, bool, list[str]]:
-    split = objective.layout.split(objective.theta)
-    leaves = {
-        slot.name: split[slot.name].detach().requires_grad_() for slot in objective.layout.slots
-    }
-    named = {name: leaves[slot.name] for slot in objective.layout.slots for name in slot.names}
-    besides = [*leaves.values(), *tensors(batch), *objective.model.module.parameters()]
+    objective: Objective, b: int, batch: Batch, second_order: bool
+) -> tuple[int, bool, set[str]]:
+    """Bytes saved, whether they are packed away, and the parameters without influence."""
+    module, layout = objective.model.module, objective.layout
+    own: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    split = layout.split(objective.theta)
+    leaves = {slot.name: split[slot.name].detach().requires_grad_() for slot in layout.slots}
+    named = {name: leaves[slot.name] for slot in layout.slots for name in slot.names}
+    besides = [*leaves.values(), *tensors(batch), *own]
     with objective.evaluating(b, batch), SavedBytes(besides) as saved:
-        loss = objective.value(named, batch)
+        with _noticed_packing() as packing:
+            loss = objective.value(named, batch)
         if not loss.requires_grad:
-            raise LossShapeError(
-                "the loss does not require grad: was it computed under no_grad, or detached, "
-                "or do the selected parameters not enter it? Return a loss with its graph"
-            )
-        refuse_silent_gaps(loss, twice=second_order)
-        with _Recomputation(objective.model.module) as recomputation:
-            gradients = torch.autograd.grad(
-                loss, list(leaves.values()), allow_unused=True, create_graph=second_order
-            )
-    unused = [name for name, g in zip(leaves, gradients, strict=True) if g is None]
-    return saved.total, recomputation.seen, unused
+            return 0, bool(packing), set(leaves)
+        refuse_silent_gaps(loss, own, twice=second_order)
+        gradients = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, create_graph=second_order
+        )
+    without = {name for name, g in zip(leaves, gradients, strict=True) if g is None}
+    return saved.total, bool(packing), without
 
 
-class _Recomputation:
-    """Notices modules that run forward inside the ``with``."""
+@contextmanager
+def _noticed_packing() -> Iterator[list[object]]:
+    """Fills the list when hooks on saved tensors are entered: checkpointing is made of them."""
+    noticed: list[object] = []
+    enter = saved_tensors_hooks.__enter__
 
-    def __init__(self, model: nn.Module) -> None:
-        self.seen = False
-        self._modules = list(model.modules())
+    def noticing(self: saved_tensors_hooks) -> None:
+        noticed.append(self)
+        return enter(self)
 
-    def __enter__(self) -> _Recomputation:
-        self._handles = [m.register_forward_pre_hook(self._notice) for m in self._modules]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _notice(self, module: nn.Module, inputs: object) -> None:
-        self.seen = True
+    saved_tensors_hooks.__enter__ = noticing  # type: ignore[method-assign]
+    try:
+        yield noticed
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _warn_unused(objective: Objective, unused: set[str]) -> None:
@@ -105,5 +110,5 @@ def _warn_unused(objective: Objective, unused: set[str]) -> None:
         f"{len(names)} of {len(layout.slots)} tensors ({entries:,} of {layout.size:,} entries) do "
         f"not influence the loss: {shown}. Their rows are zero; leave them out with param_filter.",
         UnusedParameterWarning,
-        stacklevel=4,
+        stacklevel=4,  # the line that builds the operator
     )

@@ -23,8 +23,11 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def reseed(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices) alike."""
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed Python, NumPy, torch's CPU and ``device``, and no other device."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -22,11 +22,6 @@ class VectorSpace:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def local_size(self) -> int:
-        """Entries held by this process."""
-        return self.size
-
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """``Xᴴ Y`` of blocks (n, k) and (n, m): a (k, m) tensor.
 

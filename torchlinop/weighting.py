@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlinop.batches import Batch, count_samples, describe, join, take, tensors
+from torchlinop.batches import Batch, can_be_cut, count_samples, describe, join, take, tensors
 from torchlinop.errors import NonFiniteError, WeightingError
 
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
 Count = Callable[[Batch], float]
 Loss = Callable[[Batch], Tensor]  # a scalar
+Trial = tuple[Batch, Batch, Batch]  # a whole and its two parts
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def samples(batch: Batch) -> float:
 def labels(batch: Batch) -> Tensor | None:
     """The integer labels of a batch: under a usual key, or the last part of a tuple or list."""
     if isinstance(batch, Mapping):
-        keys = ("labels", "label", "targets", "target", "decoder_labels")
+        keys = ("labels", "label", "targets", "target", "decoder_labels", "y")
         found = next((batch[key] for key in keys if key in batch), None)
     else:
         found = tensors(batch)[-1] if tensors(batch) else None
@@ -65,25 +65,35 @@ def attended_tokens(batch: Batch) -> float:
     return float(mask.sum()) if isinstance(mask, Tensor) else math.nan
 
 
+def one(batch: Batch) -> float:
+    """Every batch alike."""
+    return 1.0
+
+
 RULES = (
     Weighting(samples, "samples"),
     Weighting(unmasked_labels, "unmasked labels"),
     Weighting(unmasked_next_tokens, "unmasked next tokens"),
     Weighting(attended_tokens, "attended tokens"),
 )
-SUM = Weighting(lambda batch: 1.0, "batches", mean=False)
-BATCH_MEAN = Weighting(lambda batch: 1.0, "batches")
+SUM = Weighting(one, "batches", mean=False)
+BATCH_MEAN = Weighting(one, "batches")
+
+_PROBED = 6  # batches that are looked into, spread evenly over the data
+_ROWS = 6  # samples of a part, as long as these tell the rules apart
 
 
 def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Weighting:
-    """The rule under which the loss of two parts adds up to the loss of the whole.
+    """The rule under which the losses of two parts add up to the loss of the whole.
 
     If L is a mean over terms and r counts them, ``r(A∪B) L(A∪B) = r(A) L(A) + r(B) L(B)``; if it
-    is a sum, ``L(A∪B) = L(A) + L(B)``. Costs three evaluations of the loss, for batches only
-    part of whose rules differ; nothing for a single batch, whose weight does not matter.
+    is a sum, ``L(A∪B) = L(A) + L(B)``. This is asked of a few samples of some batches, and of
+    neighbouring batches joined; the rules that pass must give all batches the same shares. Costs
+    three forward passes of a few samples for each question, about one gradient of six batches;
+    nothing for a single batch, whose weight does not matter.
 
     Raises:
-        WeightingError: no rule fits, or the batches are too small to tell.
+        WeightingError: no rule fits, or several do that weigh the batches differently.
         NonFiniteError: the loss is NaN or infinite.
     """
     counts = [[rule.count(batch) for batch in batches] for rule in RULES]
@@ -92,72 +102,87 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
         return possible[0] if possible else BATCH_MEAN
     if not possible:
         raise WeightingError(_unknown(batches, "their samples cannot be counted"))
-    parts = _telling_parts(batches, possible)
-    if parts is None:
-        if _agree(possible, batches):
-            return possible[0]
-        raise WeightingError(_unknown(batches, "no two of them can be joined to find out"))
-    whole, a, b = parts
-    losses = [loss(whole), loss(a), loss(b)]
-    values = [float(value) for value in losses]
-    if not math.isfinite(values[0]):
-        raise NonFiniteError(
-            f"the loss of {describe(whole)} with {count_samples(whole)} samples is {values[0]}; "
-            "clean the data, or the parameters"
-        )
-    # The parts are summed in another order, so each loss carries some tens of roundoffs.
+    alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, roundoff)
+    if not _agree(alive, batches):
+        alive = _survivors(alive, _trials(batches, None), batches, loss, roundoff)
+    if not _agree(alive, batches):
+        units = ", ".join(rule.unit if rule.mean else "sum" for rule in alive)
+        raise WeightingError(_unknown(batches, f"{units} all explain the loss of their parts"))
+    return alive[0]
+
+
+def _survivors(
+    rules: list[Weighting],
+    trials: Iterator[Trial],
+    batches: Sequence[Batch],
+    loss: Loss,
+    roundoff: float,
+) -> list[Weighting]:
+    for trial in trials:
+        try:
+            losses = [loss(part) for part in trial]
+        except Exception as error:
+            loss(batches[0])  # what fails here is the user's own
+            reason = f"the loss of a part of a batch failed ({error})"
+            raise WeightingError(_unknown(batches, reason)) from error
+        rules = [rule for rule in rules if _explains(rule, trial, losses, roundoff)]
+        if not rules and not torch.isfinite(losses[0]):
+            raise NonFiniteError(
+                f"the loss of {describe(trial[0])} with {count_samples(trial[0])} samples is "
+                f"{float(losses[0])}; clean the data, or the parameters"
+            )
+        if not rules:
+            raise WeightingError(_unknown(batches, "no count explains the loss of their parts"))
+    return rules
+
+
+def _explains(rule: Weighting, trial: Trial, losses: Sequence[Tensor], roundoff: float) -> bool:
+    whole, *parts = (float(value) for value in losses)
+    counted = [(rule.count(part), value) for part, value in zip(trial[1:], parts, strict=True)]
+    total = sum(count for count, _ in counted) if rule.mean else 1.0
+    if not total:  # a whole without terms, of which a mean says nothing
+        return True
+    if not math.isfinite(whole):
+        return False
+    # A part without terms, whose loss may be NaN, counts nothing.
+    predicted = sum(count * value for count, value in counted if count) / total
+    # Sums in another order are off by some tens of roundoffs. In half precision rows are
+    # rounded alike in any batch, so that a few hundredths cover the rounding of the loss.
     roundoff = max(roundoff, torch.finfo(losses[0].dtype).eps)
-    tolerance = 200 * roundoff * sum(abs(value) for value in values if math.isfinite(value))
-    rules = [rule for rule in possible if rule.count(whole)]
-    misfits = [abs(values[0] - _mean([a, b], values[1:], rule)) for rule in rules]
-    misfits.append(abs(values[0] - values[1] - values[2]))
-    fits = [(m, r) for m, r in zip(misfits, [*rules, SUM], strict=True) if m <= tolerance]
-    if not fits:
-        raise WeightingError(_unknown(batches, "no count explains the loss of their parts"))
-    least = min(misfit for misfit, _ in fits)
-    return next(rule for misfit, rule in fits if misfit <= 2 * least + tolerance / 50)
+    size = sum(abs(value) for value in (whole, *parts) if math.isfinite(value))
+    return abs(whole - predicted) <= min(200 * roundoff, 0.02) * size
 
 
-def _telling_parts(
-    batches: Sequence[Batch], rules: Sequence[Weighting]
-) -> tuple[Batch, Batch, Batch] | None:
-    """A whole and its two parts that the rules weigh differently, if they ever do."""
-    fallback = None
-    for whole, a, b in itertools.islice(_wholes_and_parts(batches), 64):
-        if not all(rule.count(whole) for rule in rules):
-            continue
-        if not _agree(rules, (a, b)):
-            return whole, a, b
-        fallback = fallback or (whole, a, b)
-    return fallback if _agree(rules, batches) else None
-
-
-def _mean(parts: Sequence[Batch], losses: Sequence[float], rule: Weighting) -> float:
-    """The weighted mean; a part without terms, whose loss may be NaN, counts nothing."""
-    counted = [(rule.count(part), value) for part, value in zip(parts, losses, strict=True)]
-    total = sum(count for count, _ in counted)
-    return sum(count * value for count, value in counted if count) / total
-
-
-def _wholes_and_parts(batches: Sequence[Batch]) -> Iterator[tuple[Batch, Batch, Batch]]:
-    for batch in batches:
-        number = count_samples(batch) or 0
-        if number > 1:
+def _trials(batches: Sequence[Batch], rows: int | None) -> Iterator[Trial]:
+    """Batches cut in two, and neighbours joined; at most ``rows`` samples of each."""
+    probed = sorted({round(i * (len(batches) - 1) / (_PROBED - 1)) for i in range(_PROBED)})
+    for index in probed:
+        a = _head(batches[index], rows)
+        number = count_samples(a) or 0
+        if number > 1 and can_be_cut(a):
             third = max(1, number // 3)
-            yield batch, take(batch, 0, third), take(batch, third, number)
-    for a, b in itertools.combinations(batches[:8], 2):
+            yield a, take(a, 0, third), take(a, third, number)
+        b = _head(batches[(index + 1) % len(batches)], rows)
         whole = join(a, b)
         if whole is not None:
             yield whole, a, b
 
 
+def _head(batch: Batch, rows: int | None) -> Batch:
+    number = count_samples(batch)
+    if rows is None or number is None or number <= rows or not can_be_cut(batch):
+        return batch
+    return take(batch, 0, rows)
+
+
 def _agree(rules: Sequence[Weighting], batches: Sequence[Batch]) -> bool:
-    """Whether all rules give the batches the same shares."""
+    """Whether all rules are means, or sums, that give the batches the same shares."""
     shares = []
     for rule in rules:
         counts = [rule.count(batch) for batch in batches]
         shares.append([count / sum(counts) if sum(counts) else 0.0 for count in counts])
-    return all(math.isclose(x, y) for s in shares for x, y in zip(s, shares[0], strict=True))
+    same = all(math.isclose(x, y) for s in shares for x, y in zip(s, shares[0], strict=True))
+    return same and len({rule.mean for rule in rules}) == 1
 
 
 def _unknown(batches: Sequence[Batch], reason: str) -> str:

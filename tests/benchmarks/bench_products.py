@@ -257,11 +257,12 @@ def memory(workload: str, candidate: str, device: str) -> dict[str, Any]:
 
 
 def memory_of(workload: str, candidate: str, device: torch.device) -> dict[str, int]:
-    """In this process: the gradient first, which loads the kernels and fills their caches."""
+    """In this process: a tiny product first, which imports and loads what the candidate needs."""
     w = WORKLOADS[workload](device)
     chosen = PRODUCTS[candidate]
     V = torch.randn(w.size, chosen.columns, device=device)
     gradient(w)(V)
+    chosen.build(w.first(1))(V)
     before = start_counting(device)
     product = chosen.build(w)
     for _ in range(2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ class Workload:
     def size(self) -> int:
         """n, the number of parameters."""
         return sum(p.numel() for p in self.parameters)
+
+    def first(self, samples: int) -> Workload:
+        """The same with only the first few samples."""
+        inputs, targets = self.batch
+        terms = len(targets) // len(inputs)  # of each sample: a sequence has one for every token
+        return replace(self, batch=(inputs[:samples], targets[: samples * terms]))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         inputs, targets = batch

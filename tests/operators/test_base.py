@@ -15,6 +15,7 @@ from torchlinop import (
 from torchlinop.errors import (
     NonFiniteError,
     NoParametersError,
+    OptionError,
     ProductBudgetError,
     SymmetryError,
     VectorError,
@@ -104,6 +105,18 @@ def test_restriction_by_filter_is_the_block_and_keeps_the_names():
     assert block.restrict(match_names("2.*")).size == 15
 
 
+def test_restriction_keeps_the_names_of_tied_tensors():
+    p = gallery.tied()
+    H = HessianOperator(p.model, p.batches, p.loss_fn)
+    status = H.restrict(match_names("mix.*")).layout.status
+    assert status["embed.weight"] == status["head.weight"] == "filtered out"
+
+
+def test_the_dense_matrix_needs_a_chunk():
+    with pytest.raises(OptionError, match="expected chunk to be at least 1, got 0"):
+        A.to_dense(0)
+
+
 def test_sums_keep_the_layout_for_restriction():
     p = gallery.mlp()
     H = HessianOperator(p.model, p.batches, p.loss_fn)
@@ -175,9 +188,12 @@ def test_the_product_beyond_the_budget_is_refused_and_not_taken():
     assert counted.matvecs == 3
 
 
-def test_a_hessian_survives_pickling():
+@pytest.mark.parametrize(
+    "options", [{}, {"weighting": "batch-mean"}, {"method": "forward_over_reverse"}]
+)
+def test_a_hessian_survives_pickling(options):
     p = gallery.mlp()
-    H = HessianOperator(p.model, p.batches, p.loss_fn, param_filter=match_names("2.*"))
+    H = HessianOperator(p.model, p.batches, p.loss_fn, param_filter=match_names("2.*"), **options)
     v = torch.ones(18).double()
     expected = H @ v
     torch.testing.assert_close(pickle.loads(pickle.dumps(H)) @ v, expected)

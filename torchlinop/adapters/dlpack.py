@@ -89,6 +89,6 @@ def host_array(x: object) -> Array:
     if hasattr(x, "__cuda_array_interface__"):
         raise VectorError(
             f"expected a NumPy array, got a {type(x).__module__}.{type(x).__name__} on the GPU; "
-            "wrap the operator with as_cupy_operator to drive it by CuPy"
+            "bring it to the host, or multiply torch tensors by the operator itself"
         )
     return np.asarray(x)

@@ -83,7 +83,10 @@ class SciPyOperator(LinearOperator):
         if v.shape == (n, 1):
             return self._multiply(v)
         if v.shape[-1:] != (n,):
-            raise VectorError(f"expected vectors of shape ({n},) or (..., {n}), got {v.shape}")
+            raise VectorError(
+                f"expected vectors of shape ({n},) or (..., {n}), got {v.shape}; "
+                "multiply blocks of columns by A @ X"
+            )
         rows = self._multiply(v.reshape(-1, n).T).T
         return np.ascontiguousarray(rows).reshape(v.shape)
 
@@ -162,7 +165,9 @@ def from_linear_operator(A: Any) -> CurvatureOperator:
     if isinstance(A, Tensor):
         return MatrixOperator(A if A.is_floating_point() or A.is_complex() else A.double())
     if len(A.shape) != 2 or A.shape[0] != A.shape[1]:
-        raise VectorError(f"expected a square matrix, got shape {tuple(A.shape)}")
+        raise VectorError(
+            f"expected a square matrix, got shape {tuple(A.shape)}; pass A.T @ A, say"
+        )
     dtype = torch_dtype(A.dtype)
     if isinstance(A, np.ndarray):
         return MatrixOperator(tensor_of(A, dtype, torch.device("cpu")))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchlinop.errors import NoParametersError, VectorError
+from torchlinop.errors import NoParametersError, OptionError, VectorError
 from torchlinop.operators.check import CheckReport, check
 from torchlinop.parameters import ParameterLayout, ParamFilter
 from torchlinop.space import VectorSpace
@@ -60,8 +60,12 @@ class CurvatureOperator(ABC):
         Raises:
             VectorError: V has another shape, dtype or device than a block of this space.
         """
+        _refuse_other_libraries(V)
         if V.ndim != 2 or V.shape[0] != self.size:
-            raise VectorError(f"expected a block of shape ({self.size}, k), got {tuple(V.shape)}")
+            raise VectorError(
+                f"expected a block of shape ({self.size}, k), got {tuple(V.shape)}; "
+                "pass vectors as columns"
+            )
         return self._product(V)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -70,8 +74,12 @@ class CurvatureOperator(ABC):
         Raises:
             VectorError: v has another shape, dtype or device than a vector of this space.
         """
+        _refuse_other_libraries(v)
         if v.shape != (self.size,):
-            raise VectorError(f"expected a vector of shape ({self.size},), got {tuple(v.shape)}")
+            raise VectorError(
+                f"expected a vector of shape ({self.size},), got {tuple(v.shape)}; "
+                "pass a block of columns to matmat"
+            )
         return self._product(v[:, None])[:, 0]
 
     def _product(self, V: Tensor) -> Tensor:
@@ -97,6 +105,8 @@ class CurvatureOperator(ABC):
 
     def to_dense(self, chunk: int = 256) -> Tensor:
         """The matrix itself, (n, n). Costs n products, taken ``chunk`` columns at a time."""
+        if chunk < 1:
+            raise OptionError(f"expected chunk to be at least 1, got {chunk}; leave it out")
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for start in range(0, self.size, chunk):
             stop = min(start + chunk, self.size)
@@ -165,6 +175,14 @@ class CurvatureOperator(ABC):
         return f"<{' | '.join(facts)}>"
 
 
+def _refuse_other_libraries(v: object) -> None:
+    if not isinstance(v, Tensor):
+        raise VectorError(
+            f"expected a torch tensor, got a {type(v).__name__}; pass torch.from_numpy(v), or "
+            "multiply by as_linear_operator(operator)"
+        )
+
+
 class LinearCombination(CurvatureOperator):
     """``Σ a_i A_i + σ I`` with real coefficients. A product costs one of every A_i."""
 
@@ -209,7 +227,7 @@ class Restriction(CurvatureOperator):
             raise VectorError(
                 f"expected distinct indices from 0 to {operator.size - 1}, got "
                 f"{len(indices)} from {int(indices.min())} to {int(indices.max())} "
-                f"({len(indices.unique())} distinct)"
+                f"({len(indices.unique())} distinct); pass each index once"
             )
         space = VectorSpace(len(indices), operator.dtype, operator.device)
         description = f"{len(indices):,} of {operator.size:,} rows of {type(operator).__name__}"

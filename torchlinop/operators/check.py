@@ -100,7 +100,10 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
         bounds=(100 * eps, max(100 * eps, 10 * min(noise, _LINEAR / 10)), _LINEAR),
     )
     if strict and not report.finite:
-        raise NonFiniteError(f"the products of {operator!r} hold NaN or infinity")
+        raise NonFiniteError(
+            f"the products of {operator!r} hold NaN or infinity; "
+            "look for them in the data and the parameters"
+        )
     if strict and not report.ok:
         raise SymmetryError(
             f"|<u,Av>-<v,Au>| = {report.symmetry:.0e}, linearity defect {report.linearity:.0e}, "

@@ -17,7 +17,9 @@ class MatrixOperator(CurvatureOperator):
 
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise VectorError(f"expected a square matrix, got shape {tuple(matrix.shape)}")
+            raise VectorError(
+                f"expected a square matrix, got shape {tuple(matrix.shape)}; pass A.T @ A, say"
+            )
         if not (matrix.is_floating_point() or matrix.is_complex()):
             raise VectorError(f"expected floating-point entries, got {matrix.dtype}; use .double()")
         super().__init__(VectorSpace(len(matrix), matrix.dtype, matrix.device))
@@ -57,7 +59,8 @@ class LambdaOperator(CurvatureOperator):
         if AV.shape != V.shape or AV.dtype != V.dtype or AV.device != V.device:
             raise VectorError(
                 f"expected the product to return {V.dtype} of shape {tuple(V.shape)} on "
-                f"{V.device}, got {AV.dtype} of shape {tuple(AV.shape)} on {AV.device}"
+                f"{V.device}, got {AV.dtype} of shape {tuple(AV.shape)} on {AV.device}; "
+                "return the product in the form of its argument"
             )
         return AV.clone(memory_format=torch.contiguous_format)
 

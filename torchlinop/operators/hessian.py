@@ -86,8 +86,9 @@ class HessianOperator(CurvatureOperator):
 
     def _matmat(self, V: Tensor) -> Tensor:
         HV = self.objective.mean(lambda b, batch: self._terms(b, batch, V))
-        if not self._proven_finite:  # once: it makes the host wait for the device
-            if not torch.isfinite(HV).all() and torch.isfinite(V).all():
+        # Once, as it makes the host wait for the device; a NaN in V is the caller's own.
+        if not self._proven_finite and torch.isfinite(V).all():
+            if not torch.isfinite(HV).all():
                 refuse_non_finite(self.objective, HV)
             self._proven_finite = True
         return HV
@@ -119,6 +120,8 @@ def _derivative(method: Method | Derivative, fd_eps: float | None) -> Derivative
             f"fd_eps is the positive step length of method='finite_difference', "
             f"got fd_eps={fd_eps} with method={method!r}; leave it out"
         )
+    if isinstance(method, type):
+        raise OptionError(f"expected a Derivative, got a class; pass {method.__name__}()")
     if not isinstance(method, str):
         return method
     if method not in _METHODS:
@@ -127,9 +130,10 @@ def _derivative(method: Method | Derivative, fd_eps: float | None) -> Derivative
 
 
 def _refuse_coarse_differences(derivative: Derivative, objective: Objective) -> None:
-    coarse = torch.finfo(objective.layout.precision).eps > torch.finfo(torch.float32).eps
-    if coarse and not derivative.exact:
+    coarsest = objective.layout.precision
+    if coarsest != objective.space.dtype and not derivative.exact:
         raise OptionError(
-            f"finite differences in {objective.layout.precision} have errors as large as the "
-            'product itself; use method="autograd", or model.float() before the operator is built'
+            f"finite differences need all parameters in {objective.space.dtype}, the dtype of the "
+            f"vectors, got some in {coarsest}, which rounds the step away; "
+            'use method="autograd", or model.float() before the operator is built'
         )
