@@ -57,8 +57,9 @@ EIGENSOLVERS = {
     "eigsh LA": lambda A, X, tol: sla.eigsh(A, 5, which="LA", v0=X[:, 0])[0],
     "lobpcg": lambda A, X, tol: np.sort(sla.lobpcg(A, X, tol=tol, maxiter=300)[0])[-5:],
     "svds arpack": lambda A, X, tol: np.sort(sla.svds(A, 5, v0=X[:, 0])[1]),
+    # Its lobpcg works on A^2, so that its residuals are relative to the square of the norm.
     "svds lobpcg": lambda A, X, tol: np.sort(
-        sla.svds(A, 5, v0=X[:, 0], solver="lobpcg", maxiter=200, tol=tol)[1]
+        sla.svds(A, 5, v0=X[:, 0], solver="lobpcg", maxiter=200, tol=10 * tol)[1]
     ),
     "svds propack": lambda A, X, tol: np.sort(sla.svds(A, 5, v0=X[:, 0], solver="propack")[1]),
 }
@@ -86,6 +87,7 @@ LINEAR_SOLVERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # lsmr's 1e100
 @pytest.mark.parametrize("name", LINEAR_SOLVERS)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_linear_solvers_agree_with_the_dense_answer(name, dtype, rtol):

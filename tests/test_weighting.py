@@ -97,7 +97,7 @@ def test_batches_that_cannot_be_counted_are_refused():
 
 def test_single_sequences_that_cannot_be_joined_are_refused_when_rules_differ():
     rows = [{"labels": torch.tensor([[1, 2, 3, -100]])}, {"labels": torch.tensor([[1, 2]])}]
-    with pytest.raises(WeightingError, match="samples, unmasked labels, .* sum all explain"):
+    with pytest.raises(WeightingError, match=r"samples, unmasked labels, .* sum all explain"):
         find_weighting(rows, None, EPS)
 
 

@@ -176,7 +176,8 @@ class OnTheGPU:
 
 def test_an_array_on_the_gpu_is_refused_by_name():
     with pytest.raises(
-        VectorError, match=r"expected a NumPy array, got a .*OnTheGPU on the GPU; wrap .* by CuPy"
+        VectorError,
+        match=r"expected a NumPy array, got a .*OnTheGPU on the GPU; bring",
     ):
         host_array(OnTheGPU())
 
