@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torchlinop.errors import CheckpointError, DoubleBackwardError, ParameterError
+from torchlinop.graphs import ancestors
 
 _NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
 _COMPILED = "does not currently support double backward"
@@ -56,7 +57,7 @@ def refuse_silent_gaps(loss: Tensor, own: Mapping[Tensor, str], *, twice: bool) 
     its incoming gradient does not depend on the parameters.
     """
     bypassed: list[str] = []
-    for node in _ancestors([loss.grad_fn]):
+    for node in ancestors([loss.grad_fn]):
         variable = getattr(node, "variable", None)  # of the leaves
         if variable is not None and variable in own:
             bypassed.append(own[variable])
@@ -84,18 +85,6 @@ def refuse_silent_gaps(loss: Tensor, own: Mapping[Tensor, str], *, twice: bool) 
         )
 
 
-def _ancestors(roots: Iterable[Node | None], known: set[Node] | None = None) -> Iterator[Node]:
-    """The nodes of a graph above ``roots``, each once; those in ``known`` are left out."""
-    known = set() if known is None else known
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in known:
-            known.add(node)
-            yield node
-            stack.extend(parent for parent, _ in node.next_functions)
-
-
 def _node_name(operation: str) -> str:
     """``aten::_flash_attention_backward`` -> ``flashattention``, as forward nodes are named."""
     name = operation.removeprefix("aten::").removesuffix("_backward")
@@ -110,7 +99,7 @@ def _module_of(model: nn.Module, evaluate: Callable[[], Tensor], node_name: str)
     def claim(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             first = output[0] if isinstance(output, tuple | list) and output else output
-            made = _ancestors([first.grad_fn] if isinstance(first, Tensor) else [], claimed)
+            made = ancestors([first.grad_fn] if isinstance(first, Tensor) else [], claimed)
             if any(node.name().lower().startswith(node_name) for node in list(made)):
                 culprits.append(name)
 

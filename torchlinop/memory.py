@@ -1,13 +1,10 @@
-"""How much memory is free, and how much a graph of saved tensors holds."""
+"""How much memory is free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import torch
-from torch import Tensor
 
 GIB = 2**30
 
@@ -37,37 +34,3 @@ def _available_to_container() -> int:
     except OSError:
         return 2**60
     return 2**60 if limit == "max" else max(0, int(limit) - used)
-
-
-class SavedBytes:
-    """Counts the bytes that autograd saves for backward inside the ``with``, each storage once."""
-
-    def __init__(self, besides: Iterable[Tensor]) -> None:
-        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in besides}
-        self._storages: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda saved: saved)
-
-    @property
-    def total(self) -> int:
-        """Bytes noted so far."""
-        return sum(self._storages.values())
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided:
-            return tensor
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._ignored:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._hooks.__exit__(kind, error, traceback)

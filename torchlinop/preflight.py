@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchlinop.batches import Batch, tensors
 from torchlinop.diagnosis import refuse_silent_gaps
 from torchlinop.errors import LossShapeError, UnusedParameterWarning
-from torchlinop.memory import SavedBytes
+from torchlinop.graphs import saved_bytes
 from torchlinop.objective import Objective
 
 
@@ -71,7 +71,7 @@ def _gradient_facts(
     leaves = {slot.name: split[slot.name].detach().requires_grad_() for slot in layout.slots}
     named = {name: leaves[slot.name] for slot in layout.slots for name in slot.names}
     besides = [*leaves.values(), *tensors(batch), *own]
-    with objective.evaluating(b, batch), SavedBytes(besides) as saved:
+    with objective.evaluating(b, batch):
         with _noticed_packing() as packing:
             loss = objective.value(named, batch)
         if not loss.requires_grad:
@@ -80,8 +80,10 @@ def _gradient_facts(
         gradients = torch.autograd.grad(
             loss, list(leaves.values()), allow_unused=True, create_graph=second_order
         )
+    # Reading what is packed would unpack it: by computing it again, for a checkpoint.
+    saved = 0 if packing else saved_bytes([g for g in gradients if g is not None], besides)
     without = {name for name, g in zip(leaves, gradients, strict=True) if g is None}
-    return saved.total, bool(packing), without
+    return saved, bool(packing), without
 
 
 @contextmanager

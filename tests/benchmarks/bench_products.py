@@ -370,9 +370,8 @@ def memory_table(used: Memory) -> list[str]:
 def targets(results: Results, used: Memory) -> list[str]:
     """Whether the targets hold; those whose peers are missing are not judged."""
     prices = {w: middle(ratios(m, OURS)) for w, m in results.items()}
-    gains = [
-        min(middle(ratios(m, HE, OURS)), middle(ratios(m, CL, OURS))) for m in results.values()
-    ]
+    peers = [[middle(ratios(m, p, OURS)) for p in (HE, CL)] for m in results.values()]
+    gains = [min(pair) for pair in peers if not any(map(math.isnan, pair))]
     blocks = {
         (w, k): middle(ratios(m, f"{OURS}, block of {k}", OURS))
         for (w, m), k in itertools.product(results.items(), (8, 16))
@@ -386,7 +385,7 @@ def targets(results: Results, used: Memory) -> list[str]:
         verdict("a product costs at most 2.2 gradients", [p <= 2.2 for p in prices.values()]),
         verdict(
             f"1.5 times as fast as the faster peer, geometric mean ({geometric_mean(gains):.2f})",
-            [geometric_mean(gains) >= 1.5],
+            [geometric_mean(gains) >= 1.5] if gains else [],
         ),
         verdict(
             "blocks are not slower per vector than single products",
