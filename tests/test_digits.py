@@ -141,6 +141,12 @@ def test_the_demo_is_seeded_and_gives_copies():
     assert accuracy > 0.9
 
 
+def test_the_demo_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .torchlinop\[demo\]"):
+        digits_mlp(steps=2, seed=9)
+
+
 def test_training_the_demo_leaves_the_random_state_alone():
     before = torch.random.get_rng_state()
     digits_mlp(steps=1, seed=5)

@@ -6,7 +6,8 @@ from torch import nn
 
 from torchlinop import HessianOperator, ReverseOverReverse
 from torchlinop.columns import ColumnChunks
-from torchlinop.errors import OptionError
+from torchlinop.diagnosis import second_derivatives_explained
+from torchlinop.errors import DoubleBackwardError, OptionError, ParameterError
 from torchlinop.testing import gallery
 
 
@@ -154,6 +155,52 @@ def test_a_map_that_takes_no_blocks_is_applied_column_by_column():
     V = torch.randn(4, 8)
     torch.testing.assert_close(chunks.apply(product, V, last=False), 2 * V)
     assert chunks.size == 1
+
+
+@pytest.mark.parametrize("linearization", ["keep", "rebuild"])
+def test_operators_leave_no_memory_behind(linearization):
+    # The softmax that the loss saves is an output of its own node: hooks on it would be a cycle
+    # that the garbage collector cannot see.
+    import gc
+    import weakref
+
+    saved = []
+
+    def loss(model, batch):
+        p = torch.softmax(model(batch[0]), 1)
+        saved.append(weakref.ref(p))
+        return -p.gather(1, batch[1][:, None]).log().mean()
+
+    p = gallery.mlp()
+    H = HessianOperator(p.model, p.batches, loss, linearization=linearization)
+    H @ torch.ones(53).double()
+    del H
+    gc.collect()
+    assert saved
+    assert all(reference() is None for reference in saved)
+
+
+def test_a_distributed_tensor_is_refused(monkeypatch):
+    model = nn.Linear(2, 2)
+    DTensor = type("DTensor", (torch.Tensor,), {})
+    monkeypatch.setattr(nn.Parameter, "data", property(lambda p: DTensor(2)))
+    with pytest.raises(
+        ParameterError, match=r"is sharded .DTensor.; give the operator an unsharded"
+    ):
+        HessianOperator(model, [torch.ones(1, 2)], lambda m, x: m(x).sum())
+
+
+def test_a_compiled_function_that_is_differentiated_twice_is_explained():
+    def failing():
+        raise RuntimeError("torch.compile does not currently support double backward")
+
+    with (
+        pytest.raises(
+            DoubleBackwardError, match="Give the operator the model and loss from before"
+        ),
+        second_derivatives_explained(nn.Linear(1, 1), lambda: torch.ones(())),
+    ):
+        failing()
 
 
 def test_the_measured_chunk_stays_within_its_limit():

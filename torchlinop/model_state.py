@@ -6,7 +6,7 @@ import copy
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast, get_args
 
@@ -105,11 +105,17 @@ class BorrowedModel:
             self.module.get_submodule(prefix)._buffers[key] = buffer.clone()
         return self.module
 
+    def describe(self) -> str:
+        """What depends on the mode, and the kernels chosen."""
+        dropouts, norms = _moody(list(self.module.modules()))
+        return (
+            f"{dropouts} with Dropout and {norms} with running statistics, in {self.mode} mode; "
+            "attention by its mathematical kernel, autocast off"
+        )
+
     def warn_if_training(self) -> None:
         """Warn when evaluation mode changes what the user's model computes."""
-        modules = [m for m in self.module.modules() if m.training]
-        dropouts = sum(float(_dropout_of(m)) > 0 for m in modules)
-        norms = sum(bool(getattr(m, "track_running_stats", False)) for m in modules)
+        dropouts, norms = _moody([m for m in self.module.modules() if m.training])
         if self.mode == "eval" and dropouts + norms:
             warnings.warn(
                 f"model.training is True; {dropouts} Dropout and {norms} BatchNorm modules were "
@@ -117,6 +123,14 @@ class BorrowedModel:
                 TrainModeWarning,
                 stacklevel=4,  # the line that builds the operator
             )
+
+
+def _moody(modules: Sequence[nn.Module]) -> tuple[int, int]:
+    """How many of the modules drop at random, and how many use batch statistics, in train mode."""
+    return (
+        sum(_dropout_of(m) > 0 for m in modules),
+        sum(bool(getattr(m, "track_running_stats", False)) for m in modules),
+    )
 
 
 def _dropout_of(module: nn.Module) -> float:

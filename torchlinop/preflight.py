@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,28 @@ class Preflight:
     batch_bytes: int  # of these, for the first batch: about what one more column needs in a pass
     packs_tensors: bool  # whether saved tensors are packed away, as by activation checkpointing
     unused: tuple[str, ...]  # selected parameters that do not influence the loss
+
+    def notes(self, objective: Objective) -> list[str]:
+        """Facts for people, a line each: parameters, modules, memory of the graphs."""
+        layout = objective.layout
+        named = [
+            ("frozen", layout.frozen),
+            ("filtered out", layout.filtered),
+            ("tied", [f"{alias} = {name}" for alias, name in layout.aliases.items()]),
+            ("without influence", self.unused),
+        ]
+        return [
+            "; ".join(
+                [f"parameters: {len(layout.slots)} selected"]
+                + [f"{len(names)} {what} ({_few(names)})" for what, names in named if names]
+            ),
+            f"modules: {objective.model.describe()}",
+            f"memory: about {self.graph_bytes:,} bytes for the graphs of all batches, if kept",
+        ]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def preflight(objective: Objective, second_order: bool) -> Preflight:

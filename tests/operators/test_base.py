@@ -252,5 +252,17 @@ def test_check_of_a_right_operator_is_ok_and_measures_its_norm():
     assert repr(report).startswith("CheckReport  ok")
 
 
+def test_check_reports_parameters_modules_and_memory():
+    p = gallery.tied()
+    p.model.mix.bias.requires_grad_(False)
+    H = HessianOperator(p.model, p.batches, p.loss_fn)
+    text = repr(H.check())
+    assert (
+        "parameters: 2 selected; 1 frozen (mix.bias); 1 tied (head.weight = embed.weight)" in text
+    )
+    assert "modules: 0 with Dropout and 0 with running statistics, in eval mode" in text
+    assert "memory: 352 bytes a vector" in text  # 44 numbers of 8 bytes
+
+
 def test_check_of_the_zero_matrix_is_ok():
     assert MatrixOperator(torch.zeros(4, 4)).check().ok

@@ -28,10 +28,12 @@ class CurvatureOperator(ABC):
         *,
         layout: ParameterLayout | None = None,
         description: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.space = space
         self.layout = layout  # the model's tensors in the flat vector, if it has any
-        self.description = tuple(description)  # facts shown by repr and check
+        self.description = tuple(description)  # facts shown by repr
+        self.notes = tuple(notes)  # further ones, a line each, shown by check
 
     @abstractmethod
     def _matmat(self, V: Tensor) -> Tensor:

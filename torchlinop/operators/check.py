@@ -21,6 +21,8 @@ class Multiplies(Protocol):
 
     @property
     def space(self) -> VectorSpace: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     def matvec(self, v: Tensor) -> Tensor: ...
 
 
@@ -29,6 +31,7 @@ class CheckReport:
     """Defects of a product, each relative to the norm of the product."""
 
     operator: str  # its repr
+    notes: tuple[str, ...]  # facts about its parameters, model and memory, a line each
     repeatability: float  # ‖A v - (A v)'‖ of two products with one v
     symmetry: float  # |⟨u, A v⟩ - ⟨A u, v⟩| / (‖u‖ ‖A v‖ + ‖v‖ ‖A u‖)
     linearity: float  # ‖A(u + c v) - A u - c A v‖
@@ -57,7 +60,12 @@ class CheckReport:
             lines.append(f"  {name:14} {value:.1e}  {verdict}  {meaning}")
         lines.append(f"  noise          {self.noise:.1e}          of a product, by rounding")
         lines.append(f"  norm           {self.norm:.1e}          a lower bound of the largest |λ|")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _bytes_of(space: VectorSpace) -> int:
+    return space.size * torch.empty((), dtype=space.dtype).element_size()
 
 
 def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> CheckReport:
@@ -89,6 +97,7 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
     noise = max(linearity, relative(scaled - _FACTOR * Av, _FACTOR * Av))
     report = CheckReport(
         operator=repr(operator),
+        notes=(*operator.notes, f"memory: {_bytes_of(space):,} bytes a vector"),
         repeatability=relative(again - Av, Av),
         symmetry=defect / products_at if products_at else 0.0,
         linearity=linearity,

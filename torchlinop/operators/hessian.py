@@ -82,6 +82,7 @@ class HessianOperator(CurvatureOperator):
             objective.space,
             layout=objective.layout,
             description=[*objective.description, f"{method}, {self._terms.name}"],
+            notes=facts.notes(objective),
         )
 
     def _matmat(self, V: Tensor) -> Tensor:
