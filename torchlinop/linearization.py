@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -41,7 +40,6 @@ class Kept:
         self._derivative = derivative
         self._columns = columns
         self._maps: dict[int, HessianMap] = {}
-        self._building = threading.Lock()
 
     def __call__(self, b: int, batch: Batch, V: Tensor) -> Tensor:
         product = self._maps.get(b) or self._build(b, batch)
@@ -49,18 +47,14 @@ class Kept:
             return self._columns.apply(product, V, last=False)
 
     def _build(self, b: int, batch: Batch) -> HessianMap:
-        with self._building:
+        with self._objective.evaluating(b, batch) as f:  # one thread at a time
             if b not in self._maps:
-                with self._objective.evaluating(b, batch) as f:
-                    self._maps[b] = self._derivative.hvp(f, self._objective.theta)
-            return self._maps[b]
+                self._maps[b] = self._derivative.hvp(f, self._objective.theta)
+        return self._maps[b]
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs cannot be pickled; they are built again at the first product."""
-        return self.__dict__ | {"_maps": {}, "_building": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _building=threading.Lock())
+        return self.__dict__ | {"_maps": {}}
 
 
 class Rebuilt:

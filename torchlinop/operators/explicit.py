@@ -50,7 +50,8 @@ class LambdaOperator(CurvatureOperator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(VectorSpace(size, dtype, torch.device(device)))
+        where = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        super().__init__(VectorSpace(size, dtype, where))
         self._of_vector = matvec
         self._of_block = matmat or self._column_by_column
 
