@@ -71,7 +71,7 @@ def objective_from_model(
                 return Weighting(weight, "weights")
             if weighting == "batch-mean":
                 return BATCH_MEAN
-            return find_weighting(batches, evaluate, torch.finfo(layout.precision).eps)
+            return find_weighting(batches, evaluate)
 
         def evaluate(batch: Batch) -> Tensor:
             # In eval mode always: dropout would hide how the loss is reduced.

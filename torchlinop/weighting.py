@@ -81,16 +81,17 @@ BATCH_MEAN = Weighting(one, "batches")
 
 _PROBED = 6  # batches that are looked into, spread evenly over the data
 _ROWS = 6  # samples of a part, as long as these tell the rules apart
+_COARSEST = 0.02  # a defect that no rounding explains, relative to the losses
 
 
-def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Weighting:
+def find_weighting(batches: Sequence[Batch], loss: Loss) -> Weighting:
     """The rule under which the losses of two parts add up to the loss of the whole.
 
     If L is a mean over terms and r counts them, ``r(A∪B) L(A∪B) = r(A) L(A) + r(B) L(B)``; if it
     is a sum, ``L(A∪B) = L(A) + L(B)``. This is asked of a few samples of some batches, and of
     neighbouring batches joined; the rules that pass must give all batches the same shares. Costs
-    three forward passes of a few samples for each question, about one gradient of six batches;
-    nothing for a single batch, whose weight does not matter.
+    some fifty forward passes of a few samples, whatever the size of the data; nothing for a
+    single batch, whose weight does not matter.
 
     Raises:
         WeightingError: no rule fits, or several do that weigh the batches differently.
@@ -102,9 +103,10 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, roundoff: float) -> Wei
         return possible[0] if possible else BATCH_MEAN
     if not possible:
         raise WeightingError(_unknown(batches, "their samples cannot be counted"))
-    alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, roundoff)
+    noise = _noise(batches, loss)
+    alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, noise)
     if not _agree(alive, batches):
-        alive = _survivors(alive, _trials(batches, None), batches, loss, roundoff)
+        alive = _survivors(alive, _trials(batches, None), batches, loss, noise)
     if not _agree(alive, batches):
         units = ", ".join(rule.unit if rule.mean else "sum" for rule in alive)
         raise WeightingError(_unknown(batches, f"{units} all explain the loss of their parts"))
@@ -116,16 +118,11 @@ def _survivors(
     trials: Iterator[Trial],
     batches: Sequence[Batch],
     loss: Loss,
-    roundoff: float,
+    noise: float,
 ) -> list[Weighting]:
     for trial in trials:
-        try:
-            losses = [loss(part) for part in trial]
-        except Exception as error:
-            loss(batches[0])  # what fails here is the user's own
-            reason = f"the loss of a part of a batch failed ({error})"
-            raise WeightingError(_unknown(batches, reason)) from error
-        rules = [rule for rule in rules if _explains(rule, trial, losses, roundoff)]
+        losses = _losses(trial, batches, loss)
+        rules = [rule for rule in rules if _explains(rule, trial, losses, noise)]
         if not rules and not torch.isfinite(losses[0]):
             raise NonFiniteError(
                 f"the loss of {describe(trial[0])} with {count_samples(trial[0])} samples is "
@@ -136,7 +133,17 @@ def _survivors(
     return rules
 
 
-def _explains(rule: Weighting, trial: Trial, losses: Sequence[Tensor], roundoff: float) -> bool:
+def _losses(parts: Sequence[Batch], batches: Sequence[Batch], loss: Loss) -> list[Tensor]:
+    """The loss of parts that were cut or joined here; an error on a whole batch is the user's."""
+    try:
+        return [loss(part) for part in parts]
+    except Exception as error:
+        loss(batches[0])
+        reason = f"the loss of a part of a batch failed ({error})"
+        raise WeightingError(_unknown(batches, reason)) from error
+
+
+def _explains(rule: Weighting, trial: Trial, losses: Sequence[Tensor], noise: float) -> bool:
     whole, *parts = (float(value) for value in losses)
     counted = [(rule.count(part), value) for part, value in zip(trial[1:], parts, strict=True)]
     total = sum(count for count, _ in counted) if rule.mean else 1.0
@@ -146,17 +153,39 @@ def _explains(rule: Weighting, trial: Trial, losses: Sequence[Tensor], roundoff:
         return False
     # A part without terms, whose loss may be NaN, counts nothing.
     predicted = sum(count * value for count, value in counted if count) / total
-    # Sums in another order are off by some tens of roundoffs. In half precision rows are
-    # rounded alike in any batch, so that a few hundredths cover the rounding of the loss.
-    roundoff = max(roundoff, torch.finfo(losses[0].dtype).eps)
+    # Sums in another order are off by some tens of roundoffs of the loss.
+    roundoff = torch.finfo(losses[0].dtype).eps
     size = sum(abs(value) for value in (whole, *parts) if math.isfinite(value))
-    return abs(whole - predicted) <= min(200 * roundoff, 0.02) * size
+    return abs(whole - predicted) <= min(max(200 * roundoff, 20 * noise), _COARSEST) * size
+
+
+def _noise(batches: Sequence[Batch], loss: Loss) -> float:
+    """How much a loss depends on the size of the batch by rounding alone, relative to it.
+
+    Kernels for other sizes round otherwise, most of all in half precision. Measured on samples
+    taken twice, of which every mean is that of once, and every sum the double.
+    """
+    noise = 0.0
+    for index in _probed(batches):
+        once = _head(batches[index], _ROWS)
+        twice = join(once, once)
+        if twice is not None:
+            single, double = map(float, _losses((once, twice), batches, loss))
+            defect = min(abs(double - single), abs(double - 2 * single))
+            if math.isfinite(defect) and single:
+                noise = max(noise, defect / abs(single))
+    return noise
+
+
+def _probed(batches: Sequence[Batch]) -> list[int]:
+    """Numbers of some batches, spread evenly."""
+    last = len(batches) - 1
+    return sorted({round(i * last / (_PROBED - 1)) for i in range(_PROBED)})
 
 
 def _trials(batches: Sequence[Batch], rows: int | None) -> Iterator[Trial]:
     """Batches cut in two, and neighbours joined; at most ``rows`` samples of each."""
-    probed = sorted({round(i * (len(batches) - 1) / (_PROBED - 1)) for i in range(_PROBED)})
-    for index in probed:
+    for index in _probed(batches):
         a = _head(batches[index], rows)
         number = count_samples(a) or 0
         if number > 1 and can_be_cut(a):
