@@ -2,6 +2,7 @@
 
 import warnings
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ with warnings.catch_warnings():
             __import__(package)
         except ImportError:
             continue
+
+# The same cases everywhere, however slow the machine.
+hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("everywhere")
 
 # The problems are tiny: threads would spend their time waiting for each other.
 torch.set_num_threads(1)
