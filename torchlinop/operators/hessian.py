@@ -29,7 +29,8 @@ Method = Literal["autograd", "forward_over_reverse", "finite_difference"]
 class HessianOperator(CurvatureOperator):
     """The Hessian of ``loss_fn(model, batch)``, weighted over all batches by their loss terms.
 
-    The matrix is fixed: parameters and buffers are copied, the data are read once, the model is
+    The matrix is fixed: trained parameters and buffers are copied, the data are read once (batches
+    in a list and frozen parameters are used in place: do not write into them), the model is
     evaluated in ``mode`` and given back bit-identical after every product.
 
     Args:
@@ -46,9 +47,10 @@ class HessianOperator(CurvatureOperator):
         column_chunk: columns of a block that go through one pass; measured by default.
         **options: see ``ObjectiveOptions``.
 
-    Costs one gradient of the first batch to build; a product costs about two gradients of the
-    data with kept graphs, three with rebuilt ones or finite differences (two), and four with
-    forward over reverse.
+    Costs one gradient of the first batch to build, and some fifty forward passes of a few samples
+    to weigh several batches. A product costs about two gradients of the data with kept graphs,
+    three with rebuilt ones, four with forward over reverse, two with finite differences. Memory:
+    kept graphs hold about two sets of activations of all data, rebuilt ones of one batch.
 
     Raises:
         OptionError, NoParametersError, ParameterError, DataError, LossShapeError,
