@@ -117,7 +117,7 @@ class ForwardOverReverse:
         def forward(V: Tensor) -> Tensor:
             if V.shape[1] == 1:
                 return column(V[:, 0])[:, None]
-            return torch.func.vmap(column, in_dims=1, out_dims=1, randomness="same")(V)
+            return torch.func.vmap(column, randomness="same")(V.mT).mT
 
         def product(V: Tensor, *, last: bool = False) -> Tensor:
             if not self._without_rule:
