@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -62,13 +63,13 @@ def test_padded_labels_count_by_unmasked_tokens(sizes, microbatch_size):
     p = gallery.gpt2(sizes=sizes)
     H = HessianOperator(p.model, p.batches, p.loss_fn, microbatch_size=microbatch_size)
     V = H.space.random(2)
-    assert relative(H @ V, truth_of_gpt2(p) @ V) < 1e-12
+    assert relative(H @ V, truth_of_gpt2() @ V) < 1e-12
 
 
-def truth_of_gpt2(problem, _cache={}):  # noqa: B006  # one dense matrix for all batchings
-    if "gpt2" not in _cache:
-        _cache["gpt2"] = truth(problem)
-    return _cache["gpt2"]
+@functools.cache
+def truth_of_gpt2():
+    """One dense matrix for all batchings of the same rows."""
+    return truth(gallery.gpt2())
 
 
 def test_the_loss_a_hugging_face_model_computes_is_weighted_right():

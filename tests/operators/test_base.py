@@ -206,7 +206,8 @@ def test_repr_is_one_line_with_facts():
         "<HessianOperator 53x53 float64 cpu | Sequential, 4 of 4 tensors | 23 samples in 3 "
         "batches, mean over samples | eval mode | autograd, kept>"
     )
-    assert "2 HessianOperator + 1 I" in repr((2 * H).shift(1)) or "LinearCombination" in repr(2 * H)
+    assert repr(2 * H) == "<LinearCombination 53x53 float64 cpu | 2 HessianOperator>"
+    assert repr(H.shift(3)) == "<LinearCombination 53x53 float64 cpu | 1 HessianOperator + 3 I>"
 
 
 def wrong(kind):

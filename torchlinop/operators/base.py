@@ -139,7 +139,7 @@ class CurvatureOperator(ABC):
         return LinearCombination([(1.0, self)], sigma)
 
     def check(self, *, seed: int = 0, strict: bool = False) -> CheckReport:
-        """Measure in five products whether this is a fixed symmetric linear map, and its noise.
+        """Measure in six products whether this is a fixed symmetric linear map, and its noise.
 
         ``strict=True`` raises SymmetryError or NonFiniteError where it is not.
         """

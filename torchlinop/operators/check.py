@@ -69,7 +69,7 @@ def _bytes_of(space: VectorSpace) -> int:
 
 
 def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> CheckReport:
-    """Take five products of ``operator`` and report their defects.
+    """Take six products of ``operator`` and report their defects.
 
     Warns with PrecisionWarning when products are much noisier than the dtype of the vectors.
 
