@@ -6,8 +6,16 @@ from torchlinop.errors import TorchlinopError, TorchlinopWarning
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.check import CheckReport
 from torchlinop.operators.counting import CountingOperator
+from torchlinop.operators.empirical_fisher import (
+    EmpiricalFisherOperator,
+    GradientCovarianceOperator,
+)
 from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
+from torchlinop.operators.fisher import FisherOperator
+from torchlinop.operators.gauss_newton import GGNOperator
+from torchlinop.operators.gradient_outer import GradientOuterOperator
 from torchlinop.operators.hessian import HessianOperator
+from torchlinop.operators.jacobian import JacobianOperator
 from torchlinop.parameters import ParameterLayout, match_names, match_regex
 from torchlinop.space import VectorSpace
 
@@ -15,9 +23,15 @@ __all__ = [
     "CheckReport",
     "CountingOperator",
     "CurvatureOperator",
+    "EmpiricalFisherOperator",
     "FiniteDifference",
+    "FisherOperator",
     "ForwardOverReverse",
+    "GGNOperator",
+    "GradientCovarianceOperator",
+    "GradientOuterOperator",
     "HessianOperator",
+    "JacobianOperator",
     "LambdaOperator",
     "MatrixOperator",
     "ParameterLayout",

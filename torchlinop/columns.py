@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from torchlinop.derivatives import HessianMap
+from torchlinop.derivatives import LinearMap
 from torchlinop.errors import OptionError
 
 log = logging.getLogger("torchlinop")
@@ -31,7 +31,7 @@ class ColumnChunks:
         self.size = size
         self._limit = limit
 
-    def apply(self, product: HessianMap, V: Tensor, *, last: bool) -> Tensor:
+    def apply(self, product: LinearMap, V: Tensor, *, last: bool) -> Tensor:
         """``product`` of every column of V (n, k); ``last`` frees its memory on the way."""
         k = V.shape[1]
         size = self.size or self._measured(product, V)
@@ -39,13 +39,17 @@ class ColumnChunks:
             return product(V, last=last)
         # Columns as rows of contiguous memory: each is read and written at full speed.
         rows = V.mT.contiguous()
-        products = torch.empty_like(rows)
+        products: Tensor | None = None
         for start in range(0, k, size):
             part = slice(start, start + size)
-            products[part] = product(rows[part].mT, last=last and start + size >= k).mT
+            chunk = product(rows[part].mT, last=last and start + size >= k)
+            if products is None:
+                products = chunk.new_empty(k, len(chunk))
+            products[part] = chunk.mT
+        assert products is not None  # k > size >= 1
         return products.mT
 
-    def _measured(self, product: HessianMap, V: Tensor) -> int:
+    def _measured(self, product: LinearMap, V: Tensor) -> int:
         if V.shape[1] < _CANDIDATES[0]:
             return 1
         best = 1
@@ -65,7 +69,7 @@ class ColumnChunks:
         return best
 
 
-def _saved_by(product: HessianMap, narrow: Tensor, wide: Tensor) -> float:
+def _saved_by(product: LinearMap, narrow: Tensor, wide: Tensor) -> float:
     """The fraction of the time per column that ``wide`` saves, the best of three runs in turn."""
     times = [(_seconds(product, narrow), _seconds(product, wide)) for _ in range(3)]
     least_narrow: float = min(time for time, _ in times)
@@ -73,7 +77,7 @@ def _saved_by(product: HessianMap, narrow: Tensor, wide: Tensor) -> float:
     return 1 - (least_wide / wide.shape[1]) / (least_narrow / narrow.shape[1])
 
 
-def _seconds(product: HessianMap, V: Tensor) -> float:
+def _seconds(product: LinearMap, V: Tensor) -> float:
     _wait(V)
     start = time.perf_counter()
     product(V)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -28,6 +29,8 @@ class WeightedData(Protocol):
     @property
     def batches(self) -> int: ...
     @property
+    def starts(self) -> tuple[int, ...]: ...  # how many samples the source gave before batch b
+    @property
     def why_passes_differ(self) -> str: ...
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]: ...
@@ -41,6 +44,7 @@ class PinnedData:
     shares: tuple[float, ...]
     weighting: Weighting
     samples: int
+    starts: tuple[int, ...]
     pinned: bool = True
     why_passes_differ: str = "the loss itself is random"
 
@@ -64,6 +68,7 @@ class RereadData:
     total: float
     samples: int
     batches: int
+    starts: tuple[int, ...]
     pinned: bool = False
 
     @property
@@ -75,12 +80,16 @@ class RereadData:
         return "random augmentation, or data that change between passes"
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]:
+        for part in self.parts():
+            count = self.weighting.count(part)
+            if count:
+                yield part, count / self.total if self.weighting.mean else 1.0
+
+    def parts(self) -> Iterator[Batch]:
+        """All that the source gives, also what holds no loss term."""
         with preserved_random_state(self.device):
             for batch in read(self.source, self.num_batches, self.device):
-                for part in split(batch, self.microbatch_size):
-                    count = self.weighting.count(part)
-                    if count:
-                        yield part, count / self.total if self.weighting.mean else 1.0
+                yield from split(batch, self.microbatch_size)
 
 
 def pinned_data(
@@ -96,13 +105,16 @@ def pinned_data(
     weighting = weighting_of(parts)
     counts = [_count(weighting, part, b) for b, part in enumerate(parts)]
     _refuse_no_terms(sum(counts), weighting)
-    kept = [(p, c) for p, c in zip(parts, counts, strict=True) if c]
+    samples = [count_samples(part) or 0 for part in parts]
+    starts = [0, *itertools.accumulate(samples)]
+    kept = [b for b, count in enumerate(counts) if count]
     total = sum(counts) if weighting.mean else 1.0
     return PinnedData(
-        tuple(part for part, _ in kept),
-        tuple(count / total for _, count in kept),
+        tuple(parts[b] for b in kept),
+        tuple(counts[b] / total for b in kept),
         weighting,
-        sum(count_samples(part) or 0 for part, _ in kept),
+        sum(samples[b] for b in kept),
+        tuple(starts[b] for b in kept),
     )
 
 
@@ -119,17 +131,19 @@ def reread_data(
     weighting = weighting_of(
         tuple(p for b in pin(source, few, device) for p in split(b, microbatch_size))
     )
-    data = RereadData(source, num_batches, microbatch_size, device, weighting, math.nan, 0, 0)
-    total, samples, batches = 0.0, 0, 0
-    with closing(iter(data)) as parts:  # type: ignore[type-var]  # a generator
-        for part, _ in parts:
-            total += _count(weighting, part, batches)
-            samples += count_samples(part) or 0
-            batches += 1
+    data = RereadData(source, num_batches, microbatch_size, device, weighting, math.nan, 0, 0, ())
+    total, samples, passed = 0.0, 0, 0
+    starts: list[int] = []
+    with closing(data.parts()) as parts:  # type: ignore[type-var]  # a generator
+        for part in parts:
+            count, number = _count(weighting, part, len(starts)), count_samples(part) or 0
+            if count:
+                starts.append(passed)
+                samples += number
+            total += count
+            passed += number
     _refuse_no_terms(total, weighting)
-    return RereadData(
-        source, num_batches, microbatch_size, device, weighting, total, samples, batches
-    )
+    return replace(data, total=total, samples=samples, batches=len(starts), starts=tuple(starts))
 
 
 def _count(weighting: Weighting, batch: Batch, b: int) -> float:

@@ -1,5 +1,8 @@
 """What can go wrong, as exceptions that say what was expected, what came, and what to do."""
 
+import sys
+import warnings
+
 
 class TorchlinopError(Exception):
     """Base class of every error raised by torchlinop."""
@@ -45,6 +48,10 @@ class WeightingError(DataError):
     """It is unknown how much each batch counts in the mean."""
 
 
+class SampleMixingError(DataError):
+    """Samples depend on each other where a matrix of per-sample gradients is wanted."""
+
+
 class LossShapeError(TorchlinopError, ValueError):
     """The loss is not a differentiable scalar."""
 
@@ -69,6 +76,10 @@ class ProductBudgetError(TorchlinopError, RuntimeError):
     """A solver asked for more products than it was granted."""
 
 
+class KFACCoverageError(TorchlinopError, ValueError):
+    """K-FAC knows no factors for some of the selected parameters."""
+
+
 class TorchlinopWarning(UserWarning):
     """Base class of every warning given by torchlinop."""
 
@@ -83,3 +94,11 @@ class UnusedParameterWarning(TorchlinopWarning):
 
 class PrecisionWarning(TorchlinopWarning):
     """Products are noisier than the dtype of the vectors suggests."""
+
+
+def warn_caller(message: str, category: type[TorchlinopWarning]) -> None:
+    """Warn at the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals["__name__"].startswith("torchlinop."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal, TypedDict, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torchlinop.batches import Batch
 from torchlinop.data import pinned_data, reread_data
 from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
+from torchlinop.losses.of_model import ForwardFn, LossOfModel
+from torchlinop.losses.recognition import loss_of_output
 from torchlinop.model_state import BorrowedModel, Mode, unwrap
 from torchlinop.objective import LossFn, Objective, scalar
 from torchlinop.parameters import ParameterLayout, ParamFilter
@@ -50,13 +53,19 @@ def objective_from_model(
     weighting: WeightingName = "auto",
     pin_data: bool = True,
     seed: int = 0,
+    of_samples: bool = False,
 ) -> Objective:
     """Copy the parameters, read the data, and find out how much each batch counts.
+
+    With ``of_samples`` the weighting holds for every sample, also of a single batch.
+
+    A loss with an attribute ``weighting`` says itself what a batch counts.
 
     Raises:
         NoParametersError, ParameterError, OptionError, DataError, LossShapeError.
     """
     _refuse_bad_options(num_batches, microbatch_size, weight, weighting, seed)
+    known: Weighting | None = getattr(loss_fn, "weighting", None)
     with torch.inference_mode(False):  # what is copied will enter graphs
         module = unwrap(model)
         layout = ParameterLayout.of(module, param_filter)
@@ -71,7 +80,7 @@ def objective_from_model(
                 return Weighting(weight, "weights")
             if weighting == "batch-mean":
                 return BATCH_MEAN
-            return find_weighting(batches, evaluate)
+            return known or find_weighting(batches, evaluate, of_samples=of_samples)
 
         def evaluate(batch: Batch) -> Tensor:
             # In eval mode always: dropout would hide how the loss is reduced.
@@ -84,6 +93,37 @@ def objective_from_model(
         if not pin_data:
             _refuse_changing_data(objective)
         return objective
+
+
+@dataclass(frozen=True)
+class OutputObjective(Objective):
+    """An objective whose loss is known as a loss of the model's outputs."""
+
+    function: LossOfModel
+
+
+def output_objective(
+    model: nn.Module,
+    dataloader: Iterable[Batch],
+    forward_fn: ForwardFn,
+    loss_of_output_fn: Any,
+    *,
+    of_samples: bool = False,
+    **options: Unpack[ObjectiveOptions],
+) -> OutputObjective:
+    """The objective ``loss_of_output_fn(forward_fn(model, batch), batch)``.
+
+    ``loss_of_output_fn`` may be what ``loss_of_output`` recognises: a loss of torch, say. With
+    ``of_samples`` its terms are known: a loss that does not know how it weighs its samples, by
+    measurement.
+    """
+    function = LossOfModel(forward_fn, loss_of_output(loss_of_output_fn))
+    whole = objective_from_model(model, dataloader, function, of_samples=of_samples, **options)
+    if of_samples:
+        function = LossOfModel(forward_fn, function.loss.with_weighting(whole.data.weighting))
+    return OutputObjective(
+        function, whole.model, whole.layout, whole.theta, whole.space, whole.data, whole.reduce
+    )
 
 
 def _refuse_changing_data(objective: Objective) -> None:

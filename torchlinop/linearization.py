@@ -1,16 +1,18 @@
-"""The maps V ↦ H_b V of all batches at θ: kept between products, or rebuilt for each."""
+"""The maps V ↦ A_b V of all batches at θ: kept between products, or rebuilt for each."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.columns import ColumnChunks
-from torchlinop.derivatives import Derivative, HessianMap
+from torchlinop.derivatives import Derivative, Function, LinearMap
 from torchlinop.errors import CheckpointError, OptionError
 from torchlinop.memory import free_bytes
 from torchlinop.model_state import full_precision
@@ -22,55 +24,98 @@ log = logging.getLogger("torchlinop")
 Policy = Literal["auto", "keep", "rebuild"]
 
 
-class Linearization(Protocol):
-    """Gives ``H_b V`` for batch number b."""
-
-    name: str
-
-    def __call__(self, b: int, batch: Batch, V: Tensor) -> Tensor: ...
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Kept:
+class Work(Protocol[T_co]):
+    """The work done at θ for one batch: what is differentiated, and what it gives."""
+
+    @property
+    def of(self) -> Callable[[nn.Module, Batch], Tensor] | None:
+        """The function of model and batch that is differentiated; None for the loss."""
+        ...
+
+    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> T_co: ...
+
+
+@dataclass(frozen=True)
+class HessianProducts:
+    """Differentiates the loss twice."""
+
+    derivative: Derivative
+    of: None = None
+
+    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> LinearMap:
+        return self.derivative.hvp(f, theta)
+
+
+class Linearization(Protocol[T_co]):
+    """Lends the work done at θ for batch number b, under the conditions it is used in."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def columns(self) -> ColumnChunks: ...
+    @property
+    def last(self) -> bool: ...  # whether the work may be freed as it is used
+    def at(self, b: int, batch: Batch) -> AbstractContextManager[T_co]: ...
+
+
+class Kept(Generic[T_co]):
     """The work done at θ is done at the first product and shared by all later ones."""
 
     name = "kept"
+    last = False
 
-    def __init__(self, objective: Objective, derivative: Derivative, columns: ColumnChunks) -> None:
+    def __init__(self, objective: Objective, work: Work[T_co], columns: ColumnChunks) -> None:
+        self.columns = columns
         self._objective = objective
-        self._derivative = derivative
-        self._columns = columns
-        self._maps: dict[int, HessianMap] = {}
+        self._work = work
+        self._done: dict[int, T_co] = {}
 
-    def __call__(self, b: int, batch: Batch, V: Tensor) -> Tensor:
-        product = self._maps.get(b) or self._build(b, batch)
-        with self._objective.explained(b, batch), full_precision(V.device):
-            return self._columns.apply(product, V, last=False)
+    @contextmanager
+    def at(self, b: int, batch: Batch) -> Iterator[T_co]:
+        done = self._done.get(b) or self._do(b, batch)
+        device = self._objective.space.device
+        with self._objective.explained(b, batch), full_precision(device):
+            yield done
 
-    def _build(self, b: int, batch: Batch) -> HessianMap:
-        with self._objective.evaluating(b, batch) as f:  # one thread at a time
-            if b not in self._maps:
-                self._maps[b] = self._derivative.hvp(f, self._objective.theta)
-        return self._maps[b]
+    def _do(self, b: int, batch: Batch) -> T_co:
+        with self._objective.evaluating(b, batch, self._work.of) as f:  # one thread at a time
+            if b not in self._done:
+                self._done[b] = self._work(f, self._objective.theta, b, batch)
+        return self._done[b]
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs cannot be pickled; they are built again at the first product."""
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_done": {}}
 
 
-class Rebuilt:
+class Rebuilt(Generic[T_co]):
     """The work done at θ is done again for every product, or block, batch by batch."""
 
     name = "rebuilt"
+    last = True
 
-    def __init__(self, objective: Objective, derivative: Derivative, columns: ColumnChunks) -> None:
+    def __init__(self, objective: Objective, work: Work[T_co], columns: ColumnChunks) -> None:
+        self.columns = columns
         self._objective = objective
-        self._derivative = derivative
-        self._columns = columns
+        self._work = work
 
-    def __call__(self, b: int, batch: Batch, V: Tensor) -> Tensor:
-        with self._objective.evaluating(b, batch) as f:
-            product = self._derivative.hvp(f, self._objective.theta)
-            return self._columns.apply(product, V, last=True)
+    @contextmanager
+    def at(self, b: int, batch: Batch) -> Iterator[T_co]:
+        with self._objective.evaluating(b, batch, self._work.of) as f:
+            yield self._work(f, self._objective.theta, b, batch)
+
+
+def mean_product(objective: Objective, maps: Linearization[LinearMap], V: Tensor) -> Tensor:
+    """``Σ_b share_b A_b V`` for a block V (n, k)."""
+
+    def term(b: int, batch: Batch) -> Tensor:
+        with maps.at(b, batch) as product:
+            return maps.columns.apply(product, V, last=maps.last)
+
+    return objective.mean(term)
 
 
 @dataclass(frozen=True)
@@ -85,6 +130,7 @@ class LinearizationPlan:
     policy: Policy
     memory_budget: int | None  # bytes that kept graphs may take; by default half of the free ones
     column_chunk: int | None
+    name: str = "autograd"  # of the method, for people
 
     def __post_init__(self) -> None:
         ColumnChunks(self.column_chunk)
@@ -96,7 +142,9 @@ class LinearizationPlan:
         if self.policy == "keep" and not self.derivative.shares_work:
             raise OptionError(_cannot_keep(f"{self.derivative} shares no work between products"))
 
-    def carry_out(self, objective: Objective, facts: Preflight) -> Linearization:
+    def carry_out(
+        self, objective: Objective, facts: Preflight, work: Work[T_co]
+    ) -> Linearization[T_co]:
         """Keep the work at θ, or not.
 
         Raises:
@@ -115,9 +163,9 @@ class LinearizationPlan:
         fits = possible and facts.graph_bytes <= budget
         if self.policy == "keep" or (self.policy == "auto" and fits):
             log.info("the graphs at theta are kept: %.1f MB", facts.graph_bytes / 1e6)
-            return Kept(objective, self.derivative, columns)
+            return Kept(objective, work, columns)
         log.info("the graphs at theta are rebuilt for every product (budget %.1f MB)", budget / 1e6)
-        return Rebuilt(objective, self.derivative, columns)
+        return Rebuilt(objective, work, columns)
 
 
 def _cannot_keep(reason: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast, get_args
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchlinop.errors import OptionError, TrainModeWarning
+from torchlinop.errors import OptionError, TrainModeWarning, warn_caller
 from torchlinop.formulas import WithFormulas, needs_formulas
 from torchlinop.parameters import ParameterLayout
 from torchlinop.random_state import preserved_random_state, reseed
@@ -117,11 +116,10 @@ class BorrowedModel:
         """Warn when evaluation mode changes what the user's model computes."""
         dropouts, norms = _moody([m for m in self.module.modules() if m.training])
         if self.mode == "eval" and dropouts + norms:
-            warnings.warn(
+            warn_caller(
                 f"model.training is True; {dropouts} Dropout and {norms} BatchNorm modules were "
                 'evaluated in eval mode. Pass mode="train" for the training-mode matrix.',
                 TrainModeWarning,
-                stacklevel=4,  # the line that builds the operator
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.data import WeightedData
-from torchlinop.derivatives import ScalarFunction, gradient_of
+from torchlinop.derivatives import Function, gradient_of
 from torchlinop.diagnosis import second_derivatives_explained
 from torchlinop.errors import LossShapeError
 from torchlinop.model_state import BorrowedModel
@@ -57,14 +57,23 @@ class Objective:
         return scalar(self.function(self.model.place(parameters), batch))
 
     @contextmanager
-    def evaluating(self, b: int, batch: Batch) -> Iterator[ScalarFunction]:
-        """Borrow the model to differentiate ``θ ↦ L_b(θ)``, the function given."""
+    def evaluating(
+        self, b: int, batch: Batch, of: Callable[[nn.Module, Batch], Tensor] | None = None
+    ) -> Iterator[Function]:
+        """Borrow the model to differentiate ``θ ↦ L_b(θ)``, the function given.
 
-        def f(theta: Tensor) -> Tensor:
+        ``of(model, batch)`` takes the place of the loss: the model's outputs, say.
+        """
+
+        def loss(theta: Tensor) -> Tensor:
             return self.value(self.layout.split(theta), batch)
 
+        def other(theta: Tensor) -> Tensor:
+            assert of is not None
+            return of(self.model.place(self.layout.split(theta)), batch)
+
         with self.model.borrowed(b), self.explained(b, batch):
-            yield f
+            yield loss if of is None else other
 
     @contextmanager
     def explained(self, b: int, batch: Batch) -> Iterator[None]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from torchlinop.batches import Batch, tensors
 from torchlinop.diagnosis import refuse_silent_gaps
-from torchlinop.errors import LossShapeError, UnusedParameterWarning
+from torchlinop.errors import LossShapeError, UnusedParameterWarning, warn_caller
 from torchlinop.graphs import saved_bytes
 from torchlinop.objective import Objective
 
@@ -50,8 +49,14 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def preflight(objective: Objective, second_order: bool) -> Preflight:
+def preflight(
+    objective: Objective,
+    second_order: bool,
+    of: Callable[[nn.Module, Batch], Tensor] | None = None,
+) -> Preflight:
     """Take the gradient of the first batch; with ``second_order``, as for a Hessian product.
+
+    ``of(model, batch)`` takes the place of the loss: the outputs whose Jacobian is wanted.
 
     Costs one gradient; one per further batch only while some parameter is found unused.
 
@@ -66,16 +71,17 @@ def preflight(objective: Objective, second_order: bool) -> Preflight:
     def examine(b: int, batch: Batch) -> Tensor:
         nonlocal unused
         if unused:
-            saved, packed, without = _gradient_facts(objective, b, batch, second_order)
+            saved, packed, without = _gradient_facts(objective, b, batch, second_order, of)
             facts.append((saved, packed))
             unused &= without
         return torch.zeros(())
 
     objective.mean(examine)
     if len(unused) == len(objective.layout.slots):
+        what = "loss" if of is None else "output of the model"
         raise LossShapeError(
-            "the loss does not require grad: was it computed under no_grad, or detached, "
-            "or do the selected parameters not enter it? Return a loss with its graph"
+            f"the {what} does not require grad: was it computed under no_grad, or detached, "
+            "or do the selected parameters not enter it? Return it with its graph"
         )
     if unused:
         _warn_unused(objective, unused)
@@ -84,7 +90,11 @@ def preflight(objective: Objective, second_order: bool) -> Preflight:
 
 
 def _gradient_facts(
-    objective: Objective, b: int, batch: Batch, second_order: bool
+    objective: Objective,
+    b: int,
+    batch: Batch,
+    second_order: bool,
+    of: Callable[[nn.Module, Batch], Tensor] | None,
 ) -> tuple[int, bool, set[str]]:
     """Bytes saved, whether they are packed away, and the parameters without influence."""
     module, layout = objective.model.module, objective.layout
@@ -95,12 +105,19 @@ def _gradient_facts(
     besides = [*leaves.values(), *tensors(batch), *own]
     with objective.evaluating(b, batch):
         with _noticed_packing() as packing:
-            loss = objective.value(named, batch)
-        if not loss.requires_grad:
+            if of is None:
+                values = objective.value(named, batch)
+            else:
+                values = of(objective.model.place(named), batch)
+        if not values.requires_grad:
             return 0, bool(packing), set(leaves)
-        refuse_silent_gaps(loss, own, twice=second_order)
+        refuse_silent_gaps(values, own, twice=second_order)
         gradients = torch.autograd.grad(
-            loss, list(leaves.values()), allow_unused=True, create_graph=second_order
+            values,
+            list(leaves.values()),
+            values.new_ones(()).expand(values.shape).requires_grad_(second_order),
+            allow_unused=True,
+            create_graph=second_order,
         )
     # Reading what is packed would unpack it: by computing it again, for a checkpoint.
     saved = 0 if packing else saved_bytes([g for g in gradients if g is not None], besides)
@@ -130,9 +147,8 @@ def _warn_unused(objective: Objective, unused: set[str]) -> None:
     entries = sum(slot.numel for slot in layout.slots if slot.name in unused)
     names = sorted(unused)
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    warnings.warn(
+    warn_caller(
         f"{len(names)} of {len(layout.slots)} tensors ({entries:,} of {layout.size:,} entries) do "
         f"not influence the loss: {shown}. Their rows are zero; leave them out with param_filter.",
         UnusedParameterWarning,
-        stacklevel=4,  # the line that builds the operator
     )

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlinop.batches import Batch, can_be_cut, count_samples, describe, join, take, tensors
+from torchlinop.batches import (
+    Batch,
+    can_be_cut,
+    count_samples,
+    describe,
+    join,
+    split,
+    take,
+    tensors,
+)
 from torchlinop.errors import NonFiniteError, WeightingError
 
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
@@ -84,14 +93,21 @@ _ROWS = 6  # samples of a part, as long as these tell the rules apart
 _COARSEST = 0.02  # a defect that no rounding explains, relative to the losses
 
 
-def find_weighting(batches: Sequence[Batch], loss: Loss) -> Weighting:
+def sample_weights(weighting: Weighting, batch: Batch) -> list[float]:
+    """ω_i of every sample in ``L(batch) = Σ_i ω_i L(sample i)``: its share, or 1 in a sum."""
+    counts = [weighting.count(sample) for sample in split(batch, 1)]
+    return [count / sum(counts) for count in counts] if weighting.mean else [1.0] * len(counts)
+
+
+def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = False) -> Weighting:
     """The rule under which the losses of two parts add up to the loss of the whole.
 
     If L is a mean over terms and r counts them, ``r(A∪B) L(A∪B) = r(A) L(A) + r(B) L(B)``; if it
     is a sum, ``L(A∪B) = L(A) + L(B)``. This is asked of a few samples of some batches, and of
     neighbouring batches joined; the rules that pass must give all batches the same shares. Costs
     some fifty forward passes of a few samples, whatever the size of the data; nothing for a
-    single batch, whose weight does not matter.
+    single batch, whose weight does not matter. With ``of_samples`` every sample is weighed, also
+    those of a single batch.
 
     Raises:
         WeightingError: no rule fits, or several do that weigh the batches differently.
@@ -99,15 +115,16 @@ def find_weighting(batches: Sequence[Batch], loss: Loss) -> Weighting:
     """
     counts = [[rule.count(batch) for batch in batches] for rule in RULES]
     possible = [r for r, c in zip(RULES, counts, strict=True) if not any(map(math.isnan, c))]
-    if len(batches) == 1:
+    if len(batches) == 1 and not of_samples:
         return possible[0] if possible else BATCH_MEAN
     if not possible:
         raise WeightingError(_unknown(batches, "their samples cannot be counted"))
     noise = _noise(batches, loss)
     alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, noise)
-    if not _agree(alive, batches):
+    weighed = _samples_of(batches) if of_samples and len(alive) > 1 else batches
+    if not _agree(alive, weighed):
         alive = _survivors(alive, _trials(batches, None), batches, loss, noise)
-    if not _agree(alive, batches):
+    if not _agree(alive, weighed):
         units = ", ".join(rule.unit if rule.mean else "sum" for rule in alive)
         raise WeightingError(_unknown(batches, f"{units} all explain the loss of their parts"))
     return alive[0]
@@ -202,6 +219,10 @@ def _head(batch: Batch, rows: int | None) -> Batch:
     if rows is None or number is None or number <= rows or not can_be_cut(batch):
         return batch
     return take(batch, 0, rows)
+
+
+def _samples_of(batches: Sequence[Batch]) -> list[Batch]:
+    return [sample for batch in batches if can_be_cut(batch) for sample in split(batch, 1)]
 
 
 def _agree(rules: Sequence[Weighting], batches: Sequence[Batch]) -> bool:

@@ -25,10 +25,13 @@ from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.counting import ProductCount
 from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
+from torchlinop.operators.rectangular import RectangularOperator
+
+AnyOperator = CurvatureOperator | RectangularOperator
 
 
 def as_linear_operator(
-    operator: CurvatureOperator, *, max_matvecs: int | None = None, progress: bool = False
+    operator: AnyOperator, *, max_matvecs: int | None = None, progress: bool = False
 ) -> SciPyOperator:
     """``operator`` for every solver of SciPy (and PyLops, pyamg, PRIMME).
 
@@ -37,7 +40,7 @@ def as_linear_operator(
     writable memory. bfloat16 and float16 operators declare float32.
 
     Args:
-        operator: any operator; scale and shift it *before* wrapping it (``2.0 * operator``). A
+        operator: any operator, square and symmetric or rectangular; scale and shift it *before* wrapping it (``2.0 * operator``). A
             multiple of the adapter, as ``2.0 * A``, is a new one with a count of its own.
         max_matvecs: a budget; the product beyond it raises ProductBudgetError.
         progress: show a bar that counts products, on a terminal.
@@ -54,11 +57,17 @@ class SciPyOperator(LinearOperator):
     """The adapter that ``as_linear_operator`` returns. One block product a call."""
 
     def __init__(
-        self, operator: CurvatureOperator, max_matvecs: int | None = None, progress: bool = False
+        self,
+        operator: AnyOperator,
+        max_matvecs: int | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
         self.args = ()  # documented by SciPy
         self.operator = operator
+        self._adjoint_operator: AnyOperator = (
+            operator.T if isinstance(operator, RectangularOperator) else operator
+        )
         self._count = ProductCount(max_matvecs)
         self._options = (max_matvecs, progress)
         # disable=None: silent where the output is not a terminal.
@@ -76,53 +85,65 @@ class SciPyOperator(LinearOperator):
 
     def _matvec(self, x: object) -> Array:
         """``A x`` for (n,) and (n, 1), or of every row of a batch (..., n)."""
+        return self._vectors(self.operator, x)
+
+    def _matmat(self, X: object) -> Array:
+        """``A X`` for (n, k) in any memory order, or of every block of a batch (..., n, k)."""
+        return self._blocks(self.operator, X)
+
+    def _rmatvec(self, x: object) -> Array:
+        return self._vectors(self._adjoint_operator, x)
+
+    def _rmatmat(self, X: object) -> Array:
+        return self._blocks(self._adjoint_operator, X)
+
+    def _vectors(self, operator: AnyOperator, x: object) -> Array:
         v = host_array(x)
-        n = self.shape[1]
+        n = operator.shape[1]
         if v.ndim == 1:
-            return self._multiply(v[:, None])[:, 0]
+            return self._multiply(operator, v[:, None])[:, 0]
         if v.shape == (n, 1):
-            return self._multiply(v)
+            return self._multiply(operator, v)
         if v.shape[-1:] != (n,):
             raise VectorError(
                 f"expected vectors of shape ({n},) or (..., {n}), got {v.shape}; "
                 "multiply blocks of columns by A @ X"
             )
-        rows = self._multiply(v.reshape(-1, n).T).T
-        return np.ascontiguousarray(rows).reshape(v.shape)
+        rows = self._multiply(operator, v.reshape(-1, n).T).T
+        return np.ascontiguousarray(rows).reshape(*v.shape[:-1], -1)
 
-    def _matmat(self, X: object) -> Array:
-        """``A X`` for (n, k) in any memory order, or of every block of a batch (..., n, k)."""
+    def _blocks(self, operator: AnyOperator, X: object) -> Array:
         V = host_array(cast(Any, X).toarray() if scipy.sparse.issparse(X) else X)
         if V.ndim == 2:
-            return self._multiply(V)
+            return self._multiply(operator, V)
         columns = np.moveaxis(V, -2, 0)
-        AV = self._multiply(columns.reshape(self.shape[1], -1))
-        return np.ascontiguousarray(np.moveaxis(AV.reshape(columns.shape), 0, -2))
+        m, n = operator.shape
+        AV = self._multiply(operator, columns.reshape(n, -1))
+        return np.ascontiguousarray(np.moveaxis(AV.reshape(m, *columns.shape[1:]), 0, -2))
 
-    def _multiply(self, V: Array) -> Array:
+    def _multiply(self, operator: AnyOperator, V: Array) -> Array:
         """The block product in the operator's dtype, returned as NumPy would promote it."""
         dtype = V.dtype if V.dtype == self.dtype else np.result_type(self.dtype, V.dtype)
-        if np.iscomplexobj(V) and not self.operator.dtype.is_complex:
-            parts = self._multiply(np.concatenate([V.real, V.imag], axis=1))
+        if np.iscomplexobj(V) and not operator.dtype.is_complex:
+            parts = self._multiply(operator, np.concatenate([V.real, V.imag], axis=1))
             k = V.shape[1]
-            both: NDArray[np.complexfloating] = np.empty(V.shape, dtype)
+            both: NDArray[np.complexfloating] = np.empty((len(parts), k), dtype)
             both.real, both.imag = parts[:, :k], parts[:, k:]
             return both
         self._count.add(V.shape[1])
-        space = self.operator.space
-        AV = array_of(self.operator.matmat(tensor_of(V, space.dtype, space.device)))
+        space = operator.space
+        AV = array_of(operator.matmat(tensor_of(V, space.dtype, space.device)))
         self._bar.update(V.shape[1])
         return AV if AV.dtype == dtype else AV.astype(dtype)
 
-    _rmatvec = _matvec  # self-adjoint
-    _rmatmat = _matmat
-
     def _adjoint(self) -> SciPyOperator:
-        return self
+        if self._adjoint_operator is self.operator:
+            return self
+        return SciPyOperator(self._adjoint_operator, *self._options)
 
     def _transpose(self) -> Any:
         transpose = super()._transpose  # type: ignore[misc]  # the stubs leave it out
-        return transpose() if self.operator.dtype.is_complex else self
+        return transpose() if self.operator.dtype.is_complex else self._adjoint()
 
     def _scaled(self, factor: Any) -> SciPyOperator:
         return SciPyOperator(self.operator * float(factor), *self._options)
@@ -160,7 +181,7 @@ def from_linear_operator(A: Any) -> CurvatureOperator:
     """
     if isinstance(A, CurvatureOperator):
         return A
-    if isinstance(A, SciPyOperator):
+    if isinstance(A, SciPyOperator) and isinstance(A.operator, CurvatureOperator):
         return A.operator
     if isinstance(A, Tensor):
         return MatrixOperator(A if A.is_floating_point() or A.is_complex() else A.double())

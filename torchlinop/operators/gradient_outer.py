@@ -1,0 +1,49 @@
+"""g gᵀ, where g is the gradient of the mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Unpack
+
+from torch import Tensor, nn
+
+from torchlinop.batches import Batch
+from torchlinop.from_model import ObjectiveOptions, objective_from_model
+from torchlinop.objective import LossFn
+from torchlinop.operators.base import CurvatureOperator
+from torchlinop.parameters import ParameterLayout
+from torchlinop.space import VectorSpace
+
+
+class OuterProductOperator(CurvatureOperator):
+    """``g gᵀ`` for a vector g (n,), which is used in place."""
+
+    def __init__(
+        self, g: Tensor, layout: ParameterLayout | None = None, description: Sequence[str] = ()
+    ) -> None:
+        space = VectorSpace(len(g), g.dtype, g.device)
+        super().__init__(space, layout=layout, description=description)
+        self.g = g
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        g = self.g[:, None]
+        return g @ self.space.inner(g, V)
+
+
+class GradientOuterOperator(OuterProductOperator):
+    """``∇L ∇Lᵀ`` with the gradient of the mean loss over all data: of rank one.
+
+    Args: as for ``HessianOperator``.
+
+    Costs one gradient to build; products do not go through the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Batch],
+        loss_fn: LossFn,
+        **options: Unpack[ObjectiveOptions],
+    ) -> None:
+        objective = objective_from_model(model, dataloader, loss_fn, **options)
+        super().__init__(objective.gradient(), objective.layout, objective.description)
