@@ -1,0 +1,155 @@
+"""From what users call a loss to a LossOfOutput: torch's modules and functionals are known."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from torchlinop.batches import Batch
+from torchlinop.errors import OptionError
+from torchlinop.losses.autograd import AutogradLoss, WithHvp
+from torchlinop.losses.base import LossOfOutput
+from torchlinop.losses.cross_entropy import CrossEntropy
+from torchlinop.losses.elementwise import (
+    BinaryCrossEntropyWithLogits,
+    GaussianNLL,
+    Huber,
+    MeanSquaredError,
+    PoissonNLL,
+    PoissonRateNLL,
+    SmoothL1,
+)
+from torchlinop.losses.targets import targets_of
+
+Targets = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class OfTargets:
+    """``(outputs, batch) ↦ criterion(outputs, targets(batch))``."""
+
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    targets: Targets
+
+    def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.criterion(outputs, self.targets(batch))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A loss of torch, as module and as function, and the same loss here."""
+
+    module: type[nn.Module]
+    function: Callable[..., Tensor]
+    options: tuple[str, ...]  # attributes of the module, keywords of the function and of ours
+    ours: Callable[..., LossOfOutput]
+
+    def options_of(self, loss: object) -> Mapping[str, Any] | None:
+        """The options of ``loss`` if it is this one, with nothing changed and nothing unknown."""
+        if isinstance(loss, self.module):
+            same = type(loss).forward is self.module.forward and "forward" not in vars(loss)
+            return {name: getattr(loss, name) for name in self.options} if same else None
+        function, keywords = _unwrapped(loss)
+        return (
+            keywords if function is self.function and keywords.keys() <= {*self.options} else None
+        )
+
+
+def _poisson(*, log_input: bool = True, eps: float = 1e-8, **options: Any) -> LossOfOutput:
+    return PoissonNLL(**options) if log_input else PoissonRateNLL(eps=eps, **options)
+
+
+_KNOWN = (
+    _Known(
+        nn.CrossEntropyLoss,
+        F.cross_entropy,
+        ("weight", "ignore_index", "label_smoothing", "reduction"),
+        CrossEntropy,
+    ),
+    _Known(nn.MSELoss, F.mse_loss, ("reduction",), MeanSquaredError),
+    _Known(
+        nn.BCEWithLogitsLoss,
+        F.binary_cross_entropy_with_logits,
+        ("weight", "pos_weight", "reduction"),
+        BinaryCrossEntropyWithLogits,
+    ),
+    _Known(nn.HuberLoss, F.huber_loss, ("delta", "reduction"), Huber),
+    _Known(nn.SmoothL1Loss, F.smooth_l1_loss, ("beta", "reduction"), SmoothL1),
+    _Known(
+        nn.PoissonNLLLoss,
+        F.poisson_nll_loss,
+        ("log_input", "full", "eps", "reduction"),
+        _poisson,
+    ),
+    _Known(nn.GaussianNLLLoss, F.gaussian_nll_loss, ("full", "eps", "reduction"), GaussianNLL),
+)
+
+
+def loss_of_output(loss: object) -> LossOfOutput:
+    """The loss as a LossOfOutput, in closed form where it is one of torch's known here.
+
+    Knows torch's modules and functionals, ``functools.partial`` of these with keywords, objects
+    with a method ``hvp(outputs, batch, u)``, and any other ``(outputs, batch) -> scalar``.
+
+    Raises:
+        OptionError: it cannot be called, or gives no scalar (``reduction="none"``).
+    """
+    if isinstance(loss, LossOfOutput):
+        return loss
+    if _is_of_torch(loss):
+        return criterion(loss)
+    _refuse_uncallable(loss)
+    return (WithHvp if hasattr(loss, "hvp") else AutogradLoss)(loss)  # type: ignore[arg-type]
+
+
+def criterion(loss: object, targets: Targets = targets_of) -> LossOfOutput:
+    """The same for ``(outputs, targets) -> scalar``, the targets taken from the batch.
+
+    Raises:
+        OptionError: as ``loss_of_output``.
+    """
+    if isinstance(loss, LossOfOutput):
+        return loss
+    _refuse_unreduced(loss)
+    for known in _KNOWN:
+        options = known.options_of(loss)
+        if options is not None:
+            return known.ours(targets=targets, **options)
+    _refuse_uncallable(loss)
+    return AutogradLoss(OfTargets(loss, targets))  # type: ignore[arg-type]
+
+
+def _unwrapped(loss: object) -> tuple[object, Mapping[str, Any]]:
+    """A function and the keywords that ``functools.partial`` gave it."""
+    if isinstance(loss, functools.partial) and not loss.args:
+        return loss.func, loss.keywords
+    return loss, {}
+
+
+def _is_of_torch(loss: object) -> bool:
+    """Whether it is called with (outputs, targets), as torch's losses and their children are."""
+    function, _ = _unwrapped(loss)
+    return isinstance(loss, _Loss) or getattr(function, "__module__", "") == F.__name__
+
+
+def _refuse_unreduced(loss: object) -> None:
+    _, keywords = _unwrapped(loss)
+    if "none" in (keywords.get("reduction"), getattr(loss, "reduction", None)):
+        raise OptionError(
+            f'expected a loss that gives a scalar, got {loss!r} with reduction="none"; '
+            'pass reduction="mean" or "sum"'
+        )
+
+
+def _refuse_uncallable(loss: object) -> None:
+    if not callable(loss):
+        raise OptionError(
+            f"expected a loss that can be called, got a {type(loss).__name__}; pass "
+            "nn.CrossEntropyLoss(), say, or a function (outputs, batch) -> scalar"
+        )
