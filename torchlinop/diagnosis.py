@@ -39,6 +39,11 @@ def second_derivatives_explained(
                 'Load the model with attn_implementation="eager" if it is an attention kernel, '
                 'or use method="finite_difference"'
             ) from error
+        if "sparse tensors" in text:
+            raise DoubleBackwardError(
+                "an operation gives a sparse gradient, but derivatives are dense vectors here; "
+                "call it with sparse=False"
+            ) from error
         if _COMPILED in text:
             raise DoubleBackwardError(
                 "a compiled function was differentiated twice, which torch.compile does not "

@@ -48,7 +48,7 @@ class WeightingError(DataError):
     """It is unknown how much each batch counts in the mean."""
 
 
-class SampleMixingError(DataError):
+class SampleMixingError(WeightingError):
     """Samples depend on each other where a matrix of per-sample gradients is wanted."""
 
 

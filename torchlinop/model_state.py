@@ -58,6 +58,7 @@ class BorrowedModel:
         if mode not in get_args(Mode):
             raise OptionError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
         self.module = unwrap(model)
+        _refuse_renormalised_embeddings(self.module)
         self.mode = mode
         self.seed = seed
         self.device = layout.slots[0].device
@@ -88,6 +89,8 @@ class BorrowedModel:
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
             self._key = int(key[0])
             self.module.train((mode or self.mode) == "train")
+            for embedding in _embeddings(self.module):
+                embedding.sparse = False  # gradients are dense vectors here
             yield
 
     def place(self, parameters: Mapping[str, Tensor]) -> nn.Module:
@@ -121,6 +124,18 @@ class BorrowedModel:
                 'evaluated in eval mode. Pass mode="train" for the training-mode matrix.',
                 TrainModeWarning,
             )
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
+    return (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+
+
+def _refuse_renormalised_embeddings(model: nn.Module) -> None:
+    if any(embedding.max_norm is not None for embedding in _embeddings(model)):
+        raise OptionError(
+            "an Embedding with max_norm changes its own weight as it is used, so that the loss is "
+            "no function of the parameters; renormalise the weight once and set max_norm=None"
+        )
 
 
 def _moody(modules: Sequence[nn.Module]) -> tuple[int, int]:

@@ -251,6 +251,11 @@ def _nothing_selected(
     model: nn.Module, param_filter: ParamFilter | None, frozen: list[str], filtered: list[str]
 ) -> str:
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not parameters:
+        return (
+            "the model has no parameters (quantised layers hold none); give the operator the "
+            "model from before quantisation"
+        )
     if not filtered:
         return (
             f"the model has no trainable parameters ({len(frozen)} are frozen): "

@@ -40,8 +40,11 @@ def refuse_mixed_samples(objective: Objective, of: Outputs) -> None:
     theta = objective.theta
     with objective.evaluating(0, batch, of) as f, torch.no_grad():
         together = f(theta)
-    with objective.evaluating(0, take(batch, 0, 1), of) as f, torch.no_grad():
-        alone = f(theta)
+    try:
+        with objective.evaluating(0, take(batch, 0, 1), of) as f, torch.no_grad():
+            alone = f(theta)
+    except (ValueError, RuntimeError) as error:
+        raise SampleMixingError(_mixed(f"a sample alone cannot be evaluated ({error})")) from error
     rows = len(together) // samples if together.ndim else 0
     if alone.shape == together[:rows].shape:
         defect = (alone - together[:rows]).abs().max()

@@ -109,6 +109,8 @@ def _gradient_facts(
                 values = objective.value(named, batch)
             else:
                 values = of(objective.model.place(named), batch)
+                with torch.no_grad():  # whether the loss takes these outputs
+                    objective.value(named, batch)
         if not values.requires_grad:
             return 0, bool(packing), set(leaves)
         refuse_silent_gaps(values, own, twice=second_order)

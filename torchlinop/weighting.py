@@ -19,7 +19,7 @@ from torchlinop.batches import (
     take,
     tensors,
 )
-from torchlinop.errors import NonFiniteError, WeightingError
+from torchlinop.errors import NonFiniteError, SampleMixingError, WeightingError
 
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
@@ -120,7 +120,15 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = F
     if not possible:
         raise WeightingError(_unknown(batches, "their samples cannot be counted"))
     noise = _noise(batches, loss)
-    alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, noise)
+    try:
+        alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, noise)
+    except WeightingError as error:
+        if not of_samples:
+            raise
+        raise SampleMixingError(
+            f"expected a loss that does not mix samples, for a per-sample matrix: {error}, or use "
+            "HessianOperator or GGNOperator"
+        ) from error
     weighed = _samples_of(batches) if of_samples and len(alive) > 1 else batches
     if not _agree(alive, weighed):
         alive = _survivors(alive, _trials(batches, None), batches, loss, noise)

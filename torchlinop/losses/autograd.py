@@ -14,7 +14,12 @@ from torch import Tensor
 from torchlinop.batches import Batch, count_samples, take
 from torchlinop.derivatives import gradient_of
 from torchlinop.diagnosis import refuse_silent_gaps
-from torchlinop.errors import DoubleBackwardError, OptionError, WeightingError
+from torchlinop.errors import (
+    DoubleBackwardError,
+    OptionError,
+    SampleMixingError,
+    WeightingError,
+)
 from torchlinop.losses.base import LossOfOutput, OutputMap, Terms
 from torchlinop.objective import scalar
 from torchlinop.weighting import Weighting
@@ -83,7 +88,8 @@ class AutogradLoss(LossOfOutput):
         """Gradients of the samples' losses.
 
         Raises:
-            WeightingError: the weighting is unknown, or the loss is no sum over samples.
+            WeightingError: the weighting is unknown.
+            SampleMixingError: the loss is no sum over samples.
         """
         omega = self._omega(outputs, batch)
         rows = omega.view(-1, *[1] * (outputs.ndim - 1))
@@ -96,7 +102,7 @@ class AutogradLoss(LossOfOutput):
         """Columns ``√λ_c q_c`` from the eigenvectors of every sample's block; C products.
 
         Raises:
-            WeightingError: the loss mixes samples.
+            SampleMixingError: the loss mixes samples.
             OptionError: a block is indefinite.
         """
         hessian = self.hessian(outputs, batch)
@@ -148,7 +154,7 @@ class AutogradLoss(LossOfOutput):
         defect = (gradients[probed] - alone).abs().max()
         size = torch.maximum(gradients[probed].abs().max(), alone.abs().max())
         if not defect <= _tolerance(outputs) * size:
-            raise WeightingError(_mixes(self))
+            raise SampleMixingError(_mixes(self))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -176,8 +182,9 @@ class WithHvp(AutogradLoss):
 
         def product(u: Tensor) -> Tensor:
             columns = u.reshape(-1, *f.shape)
-            products = [self.function.hvp(f, batch, column.clone()) for column in columns]
-            return torch.stack(products).view(u.shape)
+            with torch.enable_grad():  # it may differentiate
+                products = [self.function.hvp(f, batch, column.clone()) for column in columns]
+            return torch.stack(products).detach().view(u.shape)
 
         return product
 
@@ -204,4 +211,4 @@ def _refuse_mixing_hessian(loss: LossOfOutput, hessian: OutputMap, outputs: Tens
     u[0] = torch.linspace(1, 2, u[0].numel(), dtype=u.dtype, device=u.device).view(u[0].shape)
     Hu = hessian(u).abs()
     if len(outputs) > 1 and Hu[1:].max() > _tolerance(outputs) * Hu.max():
-        raise WeightingError(_mixes(loss))
+        raise SampleMixingError(_mixes(loss))

@@ -74,7 +74,7 @@ class LossOfOutput(ABC):
         """S of shape (C, *outputs.shape) with ``Σ_c S_c S_cᵀ = ω_n ∇²ℓ_n`` for every term n."""
 
     def with_weighting(self, weighting: Weighting) -> LossOfOutput:
-        """The same loss, which knows what its samples count, by ``weighting`` if not by itself."""
+        """The same loss; one that does not know the weights of its terms takes them from this."""
         return self
 
     def fisher(self, outputs: Tensor, batch: Batch) -> OutputMap:

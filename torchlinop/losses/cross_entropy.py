@@ -89,7 +89,8 @@ class CrossEntropy(LossOfOutput):
         OptionError: an option is none of its choices.
     """
 
-    targets: Callable[[Batch], Tensor] = targets_of  # labels (*rows,), or probabilities
+    # Labels (*rows,), or probabilities in the shape of the outputs.
+    targets: Callable[[Batch], Tensor] = field(default=targets_of, repr=False)
     weight: Tensor | None = None  # (C,)
     ignore_index: int = IGNORED
     label_smoothing: float = 0.0

@@ -31,7 +31,8 @@ class ElementwiseLoss(LossOfOutput):
     them silently.
     """
 
-    targets: Callable[[Batch], Tensor] = targets_of  # in the shape of the outputs
+    # In the shape of the outputs.
+    targets: Callable[[Batch], Tensor] = field(default=targets_of, repr=False)
     reduction: Reduction = "mean"
     weighting: Weighting | None = field(init=False, repr=False)
 

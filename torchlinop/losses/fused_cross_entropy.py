@@ -91,11 +91,12 @@ def _eager(logits: Tensor, weights: Tensor) -> Product:
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of whole rows of tensors of one shape, row after row, whatever their strides.
 
-    On a CPU a piece is small enough for the caches of its cores, so that memory is read and
-    written once; on a GPU it bounds the memory of what is in between.
+    On a CPU what is made of a piece stays in its caches, so that memory is read and written once;
+    yet pieces are large enough to be worth dividing between threads. On a GPU they bound the
+    memory of what is in between.
     """
     first = tensors[0]
-    entries = 2**17 * torch.get_num_threads() if first.device.type == "cpu" else 2**25
+    entries = 2**19 if first.device.type == "cpu" else 2**25
     if first.ndim == 1 or first.numel() <= entries:
         yield tensors
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Literal
 
@@ -91,6 +92,10 @@ def planned(options: ProductOptions) -> tuple[LinearizationPlan, ObjectiveOption
     Raises:
         OptionError: an option has a value that is not among its choices.
     """
+    known = ProductOptions.__optional_keys__
+    for name in options.keys() - known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
+        raise OptionError(f"unknown option {name!r}; did you mean one of {', '.join(close)}?")
     method = options.pop("method", "autograd")
     plan = LinearizationPlan(
         derivative_of(method, options.pop("fd_eps", None)),
