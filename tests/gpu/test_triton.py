@@ -1,0 +1,101 @@
+"""The Triton kernel of the cross-entropy Hessian on a CUDA device."""
+
+import pytest
+import torch
+
+from torchlinop.losses import fused_cross_entropy
+from torchlinop.losses.fused_cross_entropy import cross_entropy_hvp, cross_entropy_map
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: torch.finfo(torch.float16).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+}
+
+LAYOUTS = {
+    "contiguous": lambda shape: torch.randn(shape),
+    "next tokens": lambda shape: torch.randn(shape[0], shape[1] + 1, shape[2])[:, :-1],
+    "every other class": lambda shape: torch.randn(*shape[:2], 2 * shape[2])[..., ::2],
+    "classes second": lambda shape: torch.randn(shape[0], shape[2], shape[1]).mT,
+}
+
+
+def made(shape, dtype=torch.float32, layout="contiguous", block=()):
+    """Logits, weights with masked rows, and u, on the GPU."""
+    weights = torch.rand(shape[:-1]) + 0.1
+    weights[:, ::3] = 0
+    u = torch.randn(*block, *shape)
+    return [t.to("cuda", dtype) for t in (3 * LAYOUTS[layout](shape), weights, u)]
+
+
+def error(HU, logits, weights, u):
+    """Largest error relative to the largest entry of the formula in float64."""
+    p, w, u = logits.double().softmax(-1), weights.double().unsqueeze(-1), u.double()
+    expected = w * (p * u - p * (p * u).sum(-1, keepdim=True))
+    return float((HU - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("V", [7, 100, 50257, 130000])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_product_is_the_formula(V, dtype):
+    arguments = made((3, 5, V), dtype)
+    assert error(cross_entropy_hvp(*arguments, "triton"), *arguments) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [(), (4,), (2, 3)])
+def test_product_of_every_layout_is_the_formula_in_place_too(layout, block):
+    logits, weights, u = made((3, 5, 5000), torch.float64, layout, block)
+    HU = cross_entropy_map(logits, weights, "triton")(u.clone())
+    assert error(HU, logits, weights, u) <= 1e-12
+    assert not HU[..., weights == 0, :].any()
+
+
+def test_auto_is_triton_and_waits_for_nothing_and_allocates_the_result_alone():
+    logits, weights, u = made((4, 64, 50257))
+    cross_entropy_hvp(logits, weights, u)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cross_entropy_hvp(logits, weights, u)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert "triton" not in fused_cross_entropy._failed
+    assert torch.cuda.max_memory_allocated() - before <= u.nbytes + 2**20
+
+
+def test_product_is_captured_by_a_cuda_graph():
+    logits, weights, u = made((2, 8, 5000))
+    expected = cross_entropy_hvp(logits, weights, u, "triton")
+    graph, V = torch.cuda.CUDAGraph(), torch.zeros_like(u)
+    with torch.cuda.graph(graph):
+        HU = cross_entropy_hvp(logits, weights, V, "triton")
+    V.copy_(u)
+    graph.replay()
+    assert torch.equal(HU, expected)
+
+
+def test_entries_beyond_32_bits_are_addressed():
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free device memory")
+    logits = torch.zeros(17000, 130000, dtype=torch.bfloat16, device="cuda")
+    logits[-1].normal_()
+    u, weights = torch.ones_like(logits), torch.ones(17000, device="cuda")
+    u[-1].normal_()
+    HU = cross_entropy_map(logits, weights, "triton")(u.clone())
+    last = (logits[-1:], weights[-1:], u[-1:])
+    assert error(HU[-1:], *last) <= TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_other_backends_give_the_formula_too(backend):
+    arguments = made((3, 5, 5000), torch.float64)
+    assert error(cross_entropy_hvp(*arguments, backend), *arguments) <= 1e-12
