@@ -255,3 +255,15 @@ def test_a_pickled_operator_is_the_same_matrix(operator):
     v = torch.linspace(-1, 1, A.size, dtype=A.dtype)
     before = A @ v
     assert torch.equal(pickle.loads(pickle.dumps(A)) @ v, before)
+
+
+def test_batches_that_count_the_same_weigh_their_samples_alike():
+    data = [batch(4), batch(2)]
+    options = {"weighting": "batch-mean"}
+
+    def loss(outputs, batch):
+        return F.cross_entropy(outputs, batch[1])
+
+    recognised = EmpiricalFisherOperator(mlp(), data, forward, nn.CrossEntropyLoss(), **options)
+    custom = EmpiricalFisherOperator(mlp(), data, forward, loss, **options)
+    torch.testing.assert_close(custom.to_dense(), recognised.to_dense(), rtol=1e-12, atol=1e-14)

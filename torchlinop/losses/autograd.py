@@ -22,7 +22,7 @@ from torchlinop.errors import (
 )
 from torchlinop.losses.base import LossOfOutput, OutputMap, Terms
 from torchlinop.objective import scalar
-from torchlinop.weighting import Weighting
+from torchlinop.weighting import Weighting, sample_weights
 
 _PROBED = 4  # samples whose loss alone is compared with their part in the loss of all
 
@@ -139,10 +139,7 @@ class AutogradLoss(LossOfOutput):
                 f"{len(outputs)} rows of outputs for {samples} samples; give the loss a weighting, "
                 "and outputs with one row a sample"
             )
-        if not self.weighting.mean:
-            return outputs.new_ones(samples)
-        counts = [self.weighting.count(take(batch, i, i + 1)) for i in range(samples)]
-        return outputs.new_tensor(counts) / self.weighting.count(batch)
+        return outputs.new_tensor(sample_weights(self.weighting, batch))
 
     def _refuse_mixing(
         self, gradients: Tensor, omega: Tensor, outputs: Tensor, batch: Batch

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from torchlinop.errors import NoParametersError, OptionError, VectorError
 from torchlinop.operators.check import CheckReport, check
-from torchlinop.parameters import ParameterLayout, ParamFilter
+from torchlinop.operators.grouping import Grouping, grouped
+from torchlinop.operators.product import dense, of_block, of_vector
+from torchlinop.parameters import ParameterLayout, ParamFilter, Slot
 from torchlinop.space import VectorSpace
 
 
@@ -62,13 +64,7 @@ class CurvatureOperator(ABC):
         Raises:
             VectorError: V has another shape, dtype or device than a block of this space.
         """
-        _refuse_other_libraries(V)
-        if V.ndim != 2 or V.shape[0] != self.size:
-            raise VectorError(
-                f"expected a block of shape ({self.size}, k), got {tuple(V.shape)}; "
-                "pass vectors as columns"
-            )
-        return self._product(V)
+        return of_block(self._matmat, self.space, self.size, V)
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v for a vector (n,): a new tensor (n,), detached. Costs one product.
@@ -76,29 +72,7 @@ class CurvatureOperator(ABC):
         Raises:
             VectorError: v has another shape, dtype or device than a vector of this space.
         """
-        _refuse_other_libraries(v)
-        if v.shape != (self.size,):
-            raise VectorError(
-                f"expected a vector of shape ({self.size},), got {tuple(v.shape)}; "
-                "pass a block of columns to matmat"
-            )
-        return self._product(v[:, None])[:, 0]
-
-    def _product(self, V: Tensor) -> Tensor:
-        if V.dtype != self.dtype or V.device != self.device:
-            raise VectorError(
-                f"expected {self.dtype} on {self.device}, got {V.dtype} on {V.device}; "
-                f"pass v.to({self.dtype}, device={str(self.device)!r})"
-            )
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return self._product(V.clone())
-        if V.shape[1] == 0:
-            return torch.empty_like(V)
-        with torch.no_grad():
-            AV = self._matmat(V.clone() if V.is_inference() else V.detach())
-            # A product that hands its input through would let callers overwrite it.
-            return AV.clone() if 0 <= AV.data_ptr() - V.data_ptr() < V.nbytes else AV
+        return of_vector(self._matmat, self.space, self.size, v)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         if not isinstance(other, Tensor):
@@ -109,13 +83,7 @@ class CurvatureOperator(ABC):
         """The matrix itself, (n, n). Costs n products, taken ``chunk`` columns at a time."""
         if chunk < 1:
             raise OptionError(f"expected chunk to be at least 1, got {chunk}; leave it out")
-        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for start in range(0, self.size, chunk):
-            stop = min(start + chunk, self.size)
-            E = torch.zeros(self.size, stop - start, dtype=self.dtype, device=self.device)
-            E[start:stop].fill_diagonal_(1)
-            dense[:, start:stop] = self.matmat(E)
-        return dense
+        return dense(self.matmat, self.space, self.size, chunk)
 
     def restrict(self, selection: ParamFilter | Tensor) -> Restriction:
         """The block A[I, I] of the rows and columns selected. Each product costs one of A.
@@ -130,9 +98,24 @@ class CurvatureOperator(ABC):
                 f"{type(self).__name__} has no named parameters to filter; "
                 "restrict it with a tensor of indices"
             )
-        slots = self.layout.restrict(selection)
-        indices = torch.cat([torch.arange(slot.offset, slot.stop) for slot in slots])
-        return Restriction(self, indices, self.layout.packed(slots))
+        return _block(self, self.layout, self.layout.restrict(selection))
+
+    def blocks(self, by: Grouping = "parameter") -> dict[str, Restriction]:
+        """The blocks A[b, b] of parameters that belong together, in the order of the layout.
+
+        ``by`` is ``"parameter"``, ``"module"`` (the part of a name before its last dot, else
+        ``"(root)"``), or a function ``(name, slot) -> label``.
+
+        Raises:
+            NoParametersError: the operator has no layout; OptionError: unknown ``by``.
+        """
+        if self.layout is None:
+            raise NoParametersError(
+                f"{type(self).__name__} has no named parameters to group; "
+                "restrict it with tensors of indices"
+            )
+        groups = grouped(self.layout, by)
+        return {label: _block(self, self.layout, slots) for label, slots in groups.items()}
 
     def shift(self, sigma: float) -> CurvatureOperator:
         """A + σ I."""
@@ -175,14 +158,6 @@ class CurvatureOperator(ABC):
         dtype = str(self.dtype).removeprefix("torch.")
         facts = [f"{type(self).__name__} {n}x{n} {dtype} {self.device}", *self.description]
         return f"<{' | '.join(facts)}>"
-
-
-def _refuse_other_libraries(v: object) -> None:
-    if not isinstance(v, Tensor):
-        raise VectorError(
-            f"expected a torch tensor, got a {type(v).__name__}; pass torch.from_numpy(v), or "
-            "multiply by as_linear_operator(operator)"
-        )
 
 
 class LinearCombination(CurvatureOperator):
@@ -240,3 +215,11 @@ class Restriction(CurvatureOperator):
     def _matmat(self, V: Tensor) -> Tensor:
         embedded = V.new_zeros(self.operator.size, V.shape[1]).index_copy_(0, self.indices, V)
         return self.operator.matmat(embedded).index_select(0, self.indices)
+
+
+def _block(
+    operator: CurvatureOperator, layout: ParameterLayout, slots: tuple[Slot, ...]
+) -> Restriction:
+    """The rows and columns of these slots."""
+    indices = torch.cat([torch.arange(slot.offset, slot.stop) for slot in slots])
+    return Restriction(operator, indices, layout.packed(slots))

@@ -1,0 +1,1 @@
+"""Questions asked of a matrix that is known by its products."""
