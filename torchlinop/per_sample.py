@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlinop.batches import Batch, can_be_cut, count_samples, take, tensors, tree_map
+from torchlinop.batches import (
+    Batch,
+    can_be_cut,
+    count_samples,
+    split,
+    take,
+    tensors,
+    tree_map,
+)
 from torchlinop.errors import SampleMixingError
+from torchlinop.from_model import OutputObjective
 from torchlinop.objective import LossFn, Objective, scalar
+from torchlinop.weighting import Weighting, sample_weights
 
 log = logging.getLogger("torchlinop")
 
@@ -27,11 +37,8 @@ def refuse_mixed_samples(objective: Objective, of: Outputs) -> None:
     Raises:
         SampleMixingError: batch statistics, or anything else, let samples depend on each other.
     """
-    module = objective.model.module
-    norms = [n for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    refuse_batch_statistics(objective)
     if objective.model.mode == "train":
-        if norms:
-            raise SampleMixingError(_mixed(f"BatchNorm {norms[0]} uses the batch in train mode"))
         return  # a sample alone has another dropout mask
     batch = next(iter(objective.data))[0]
     samples = count_samples(batch) or 1
@@ -53,6 +60,51 @@ def refuse_mixed_samples(objective: Objective, of: Outputs) -> None:
             raise SampleMixingError(_mixed("a sample alone has other outputs than in its batch"))
 
 
+def refuse_batch_statistics(objective: Objective) -> None:
+    """Raise SampleMixingError for BatchNorm in train mode."""
+    for name, module in objective.model.module.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and objective.model.mode == "train":
+            raise SampleMixingError(_mixed(f"BatchNorm {name} uses the batch in train mode"))
+
+
+def refuse_mixing_loss(objective: OutputObjective) -> None:
+    """Ask for the terms of the first batch, which a loss has only if its samples add up to it.
+
+    Raises:
+        SampleMixingError: they do not.
+    """
+    batch = next(iter(objective.data))[0]
+    with objective.evaluating(0, batch, objective.function.outputs) as f:
+        objective.function.loss.terms(f(objective.theta).detach(), batch)
+
+
+def refuse_unexplained_loss(objective: Objective, losses: LossesOfSamples) -> None:
+    """The losses of the samples of the first batch, weighted, must add up to that of the batch.
+
+    Raises:
+        SampleMixingError: they do not.
+    """
+    refuse_batch_statistics(objective)
+    batch = next(iter(objective.data))[0]
+    with objective.evaluating(0, batch) as f, torch.no_grad():
+        whole = f(objective.theta)
+    try:
+        with objective.evaluating(0, batch, losses) as f, torch.no_grad():
+            alone = f(objective.theta)
+    except (ValueError, RuntimeError) as error:
+        raise SampleMixingError(_mixed(f"a sample alone cannot be evaluated ({error})")) from error
+    weighted = losses.weights(alone, batch) * alone
+    # Kernels for one sample round otherwise; a dependence is seen at half the digits.
+    tolerance = torch.finfo(objective.layout.precision).eps ** 0.5
+    if not (whole - weighted.sum()).abs() <= tolerance * (whole.abs() + weighted.abs().sum()):
+        raise SampleMixingError(
+            _mixed(
+                f"the loss of a batch is {float(whole):.6g}, the weighted sum of those of its "
+                f"samples {float(weighted.sum()):.6g}"
+            )
+        )
+
+
 def _mixed(reason: str) -> str:
     return (
         f"expected samples that do not depend on each other, but {reason}, so that per-sample "
@@ -62,19 +114,35 @@ def _mixed(reason: str) -> str:
 
 @dataclass(frozen=True)
 class LossesOfSamples:
-    """``(model, batch) -> (N,)``: the loss of every sample, as a batch of its own.
+    """``(model, batch) -> (N,)``: the loss of every sample that counts, as a batch of its own.
 
     All in one vectorised pass where the model allows it, otherwise one after another.
     """
 
     loss_fn: LossFn
+    weighting: Weighting
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        batch = self._counted(batch)
         try:
             return self._together(model, batch)
         except RuntimeError as error:
             log.info("samples are evaluated one by one: %s", str(error).splitlines()[0])
             return self._one_by_one(model, batch)
+
+    def weights(self, losses: Tensor, batch: Batch) -> Tensor:
+        """ω_i (N,) in ``L(batch) = Σ_i ω_i L(sample i)``."""
+        return losses.new_tensor([w for w in sample_weights(self.weighting, batch) if w])
+
+    def _counted(self, batch: Batch) -> Batch:
+        """The batch without samples that hold no loss term: their own loss may be NaN."""
+        weights = torch.tensor(sample_weights(self.weighting, batch))
+        if weights.all():
+            return batch
+        samples = len(weights)
+        return tree_map(
+            lambda t: t[weights.nonzero()[:, 0].to(t.device)] if _counts(t, samples) else t, batch
+        )
 
     def _together(self, model: nn.Module, batch: Batch) -> Tensor:
         samples = count_samples(batch)
@@ -89,8 +157,7 @@ class LossesOfSamples:
         return losses
 
     def _one_by_one(self, model: nn.Module, batch: Batch) -> Tensor:
-        parts = [take(batch, i, i + 1) for i in range(count_samples(batch) or 0)]
-        return torch.stack([scalar(self.loss_fn(model, part)) for part in parts])
+        return torch.stack([scalar(self.loss_fn(model, part)) for part in split(batch, 1)])
 
 
 def _counts(tensor: Tensor, samples: int | None) -> bool:

@@ -13,7 +13,6 @@ from torchlinop.errors import (
     OptionError,
     SampleMixingError,
     VectorError,
-    WeightingError,
 )
 from torchlinop.losses import hf_lm_forward, hf_lm_loss_of_output
 from torchlinop.operators.diagonal import DiagonalOperator, ggn_diagonal
@@ -210,17 +209,20 @@ def contrastive(outputs, batch):
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
 
-@pytest.mark.parametrize(
-    ("loss", "options"),
-    [
-        (contrastive, {"weight": lambda batch: len(batch[1])}),
-        (lambda outputs, batch: F.cross_entropy(outputs, batch[1]), {"weighting": "batch-mean"}),
-    ],
-)
-def test_a_loss_that_is_no_sum_over_samples_as_weighted_is_refused(loss, options):
+@pytest.mark.parametrize("option", [{"weight": lambda b: len(b[1])}, {"weighting": "batch-mean"}])
+def test_a_loss_that_mixes_samples_is_refused_whatever_the_weights(option):
     p = gallery.mlp()
-    with pytest.raises(WeightingError, match="mixes samples"):
-        ggn_diagonal(p.model, p.batches, p.forward_fn, loss, **options)
+    with pytest.raises(SampleMixingError, match="mixes samples"):
+        ggn_diagonal(p.model, p.batches, p.forward_fn, contrastive, **option)
+
+
+def test_a_custom_loss_of_batches_that_count_the_same_has_the_diagonal_of_the_recognised_one():
+    p = gallery.mlp()
+    custom, recognised = (
+        ggn_diagonal(p.model, p.batches, p.forward_fn, loss, weighting="batch-mean")
+        for loss in (lambda outputs, batch: F.cross_entropy(outputs, batch[1]), p.criterion)
+    )
+    torch.testing.assert_close(custom.diagonal, recognised.diagonal, rtol=1e-12, atol=1e-15)
 
 
 def test_a_loss_that_is_not_convex_has_no_ggn_diagonal_by_roots():

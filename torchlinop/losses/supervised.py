@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from torchlinop.losses.elementwise import MeanSquaredError
 from torchlinop.losses.of_model import LossOfModel
 from torchlinop.losses.recognition import criterion as recognised
 from torchlinop.losses.targets import INPUTS, TARGETS, named_parts, unclear
+from torchlinop.weighting import Weighting
 
 
 @runtime_checkable
 class _PerSample(Protocol):
+    @property
+    def weighting(self) -> Weighting | None: ...
     def per_sample(self, outputs: Tensor, batch: Batch) -> Tensor: ...
 
 
@@ -65,14 +68,28 @@ def supervised_loss_of_output(criterion: object) -> LossOfOutput:
     return recognised(criterion)
 
 
-def supervised_per_sample_loss(criterion: object) -> Callable[[nn.Module, Batch], Tensor]:
+@dataclass(frozen=True)
+class SupervisedPerSampleLoss:
+    """``(model, batch) -> (N,)``, the losses of the samples of a batch, each by itself."""
+
+    losses: _PerSample
+
+    @property
+    def weighting(self) -> Weighting | None:
+        """What a sample counts in the loss of a batch, where the loss is known."""
+        return self.losses.weighting
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.losses.per_sample(supervised_forward(model, batch), batch)
+
+
+def supervised_per_sample_loss(criterion: object) -> SupervisedPerSampleLoss:
     """``(model, batch) -> (N,)``: the criterion applied to every sample by itself.
 
     One evaluation for the losses of torch that are known here, N for others.
     """
     loss = recognised(criterion)
-    losses = loss if isinstance(loss, _PerSample) else AutogradLoss(loss)
-    return lambda model, batch: losses.per_sample(supervised_forward(model, batch), batch)
+    return SupervisedPerSampleLoss(loss if isinstance(loss, _PerSample) else AutogradLoss(loss))
 
 
 def cross_entropy_loss_of_output(**options: Any) -> CrossEntropy:

@@ -7,8 +7,8 @@ grows (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax")
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 

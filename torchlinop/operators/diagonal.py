@@ -13,12 +13,12 @@ from torchlinop.batches import Batch, split
 from torchlinop.columns import ColumnChunks
 from torchlinop.derivatives import ForwardOverReverse
 from torchlinop.errors import OptionError, VectorError
-from torchlinop.from_model import ObjectiveOptions, OutputObjective, output_objective
+from torchlinop.from_model import ObjectiveOptions, output_objective
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.parameters import ParameterLayout
-from torchlinop.per_sample import refuse_mixed_samples
+from torchlinop.per_sample import refuse_mixed_samples, refuse_mixing_loss
 from torchlinop.space import VectorSpace
 from torchlinop.weighting import sample_weights
 
@@ -106,7 +106,7 @@ def ggn_diagonal(
     )
     loss, outputs_of = objective.function.loss, objective.function.outputs
     refuse_mixed_samples(objective, outputs_of)
-    _refuse_mixing_loss(objective)
+    refuse_mixing_loss(objective)
     chunks = ColumnChunks(limit=_COLUMNS)
 
     def of_batch(b: int, batch: Batch) -> Tensor:
@@ -124,13 +124,6 @@ def ggn_diagonal(
         layout=objective.layout,
         description=["diagonal of the GGN", *objective.description],
     )
-
-
-def _refuse_mixing_loss(objective: OutputObjective) -> None:
-    """Ask for the terms of the first batch, which a loss has only if its samples add up to it."""
-    batch = next(iter(objective.data))[0]
-    with objective.evaluating(0, batch, objective.function.outputs) as f:
-        objective.function.loss.terms(f(objective.theta).detach(), batch)
 
 
 def _samples(batch: Batch, loss: LossOfOutput) -> Iterator[tuple[Batch, float]]:

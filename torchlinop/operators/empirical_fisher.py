@@ -19,7 +19,12 @@ from torchlinop.operators.base import LinearCombination
 from torchlinop.operators.gauss_newton import GaussNewtonProducts
 from torchlinop.operators.gradient_outer import OuterProductOperator
 from torchlinop.operators.of_objective import ObjectiveOperator, ProductOptions, planned
-from torchlinop.per_sample import LossesOfSamples, refuse_mixed_samples
+from torchlinop.per_sample import (
+    LossesOfSamples,
+    refuse_mixed_samples,
+    refuse_mixing_loss,
+    refuse_unexplained_loss,
+)
 from torchlinop.weighting import Weighting, sample_weights
 
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -79,8 +84,6 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         else:
             pieces = _of_terms(model, dataloader, loss_fn, loss_of_output_fn, rest)
         objective, self._outputs, self._terms = pieces
-        if per_sample:
-            refuse_mixed_samples(objective, self._outputs)
         work = GaussNewtonProducts(plan.derivative, self._outputs, self._terms)
         super().__init__(objective, work, plan)
 
@@ -108,6 +111,8 @@ def _of_terms(
     objective = output_objective(
         model, dataloader, forward, loss_of_output_fn, of_samples=True, **options
     )
+    refuse_mixed_samples(objective, objective.function.outputs)
+    refuse_mixing_loss(objective)
     return objective, objective.function.outputs, TermGradients(objective.function.loss)
 
 
@@ -121,8 +126,11 @@ def _of_samples(
     with objective.evaluating(0, batch, loss_fn) as f, torch.no_grad():
         gives_terms = f(objective.theta).ndim == 1
     if gives_terms:
-        return objective, loss_fn, Losses(None)
-    return objective, LossesOfSamples(loss_fn), Losses(objective.data.weighting)
+        refuse_mixed_samples(objective, loss_fn)
+        return objective, loss_fn, Losses(mean.weights)
+    losses = LossesOfSamples(loss_fn, objective.data.weighting)
+    refuse_unexplained_loss(objective, losses)
+    return objective, losses, Losses(losses.weights)
 
 
 def _of_batches(
@@ -136,7 +144,11 @@ def _of_batches(
     if loss_of_output_fn is not None:
         loss_fn = LossOfModel(loss_fn, loss_of_output(loss_of_output_fn))
     mean = MeanOfLosses(loss_fn)
-    return objective_from_model(model, dataloader, mean, **options), mean, Losses(None)
+    return objective_from_model(model, dataloader, mean, **options), mean, Losses(_ones)
+
+
+def _ones(losses: Tensor, batch: Batch) -> Tensor:
+    return torch.ones_like(losses)
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,15 @@ class MeanOfLosses:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         loss = self.loss_fn(model, batch)
-        return loss.mean() if isinstance(loss, Tensor) and loss.ndim == 1 else scalar(loss)
+        if isinstance(loss, Tensor) and loss.ndim == 1:
+            return (self.weights(loss, batch) * loss).sum()
+        return scalar(loss)
+
+    def weights(self, losses: Tensor, batch: Batch) -> Tensor:
+        """ω_i (N,), the same for all unless ``loss_fn`` knows what a sample counts."""
+        if self.weighting is None:
+            return losses.new_full(losses.shape, 1 / len(losses))
+        return losses.new_tensor(sample_weights(self.weighting, batch))
 
 
 @dataclass(frozen=True)
@@ -171,22 +191,17 @@ class TermGradients:
 
 @dataclass(frozen=True)
 class Losses:
-    """Outputs that are losses: ``M = diag(ω)``, of equal weights if no weighting is given."""
+    """Outputs that are losses: ``M = diag(ω)``."""
 
-    weighting: Weighting | None
-
-    def _weights(self, outputs: Tensor, batch: Batch) -> Tensor:
-        if self.weighting is None:
-            return outputs.new_full(outputs.shape, 1 / outputs.numel())
-        return outputs.new_tensor(sample_weights(self.weighting, batch))
+    weights: Callable[[Tensor, Batch], Tensor]  # (losses, batch) -> ω
 
     def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap:
-        weights = self._weights(outputs, batch)
+        weights = self.weights(outputs, batch)
         return lambda u: u.mul_(weights)
 
     def total(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Σ_n ω_n."""
-        return self._weights(outputs, batch).sum()
+        return self.weights(outputs, batch).sum()
 
 
 class GradientCovarianceOperator(LinearCombination):

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 Loss = Callable[[nn.Module, Any], Tensor]
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+def of_inputs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """The model's outputs for the first part of a batch."""
+    outputs: Tensor = model(batch[0])
+    return outputs
+
+
+def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """A language model's logits (N, T, V) for padded rows."""
+    logits: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
 
 
 @dataclass(frozen=True)
@@ -22,10 +37,21 @@ class Problem:
     batches: list[Any]
     loss_fn: Loss  # the mean over the loss terms of a batch
     full_batch: Any
+    forward_fn: Forward = of_inputs
+    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)  # as in loss_fn
 
     def full_loss(self) -> Tensor:
         """The objective, evaluated at once by the model's own parameters."""
         return self.loss_fn(self.model, self.full_batch)
+
+    def outputs(self) -> Tensor:
+        """The outputs for all data at once, by the model's own parameters."""
+        return self.forward_fn(self.model, self.full_batch)
+
+    def loss_of_outputs(self, outputs: Tensor) -> Tensor:
+        """The objective as a function of the outputs for all data."""
+        loss: Tensor = self.criterion(outputs, *self.full_batch[1:])
+        return loss
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -44,7 +70,7 @@ def mean_squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor
 
 def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the unmasked next tokens, in the precision of the model."""
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = logits_of(model, batch)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
@@ -60,6 +86,26 @@ def in_batches(full: Any, *sizes: int) -> list[Any]:
         columns = [t.split(list(sizes)) for t in full.values()]
         return [dict(zip(full, parts, strict=True)) for parts in zip(*columns, strict=True)]
     return list(zip(*(t.split(list(sizes)) for t in full), strict=True))
+
+
+def unreduced(criterion: nn.Module, outputs: Tensor, *targets: Tensor) -> Tensor:
+    """The loss terms (N,) of a torch loss: one a sample or token, summed over its outputs."""
+    criterion = copy.copy(criterion)
+    criterion.reduction = "none"  # type: ignore[assignment]
+    losses: Tensor = criterion(outputs, *targets)
+    if losses.ndim > 1 and not isinstance(criterion, nn.CrossEntropyLoss):
+        losses = losses.sum(-1)
+    return losses.flatten()
+
+
+def _supervised(
+    model: nn.Module, full: tuple[Tensor, ...], sizes: tuple[int, ...], criterion: nn.Module
+) -> Problem:
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        loss: Tensor = criterion(of_inputs(model, batch), *batch[1:])
+        return loss
+
+    return Problem(model, in_batches(full, *sizes), loss_fn, full, criterion=criterion)
 
 
 def mlp(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (9, 9, 5)) -> Problem:
@@ -97,7 +143,8 @@ def _language_problem(model: nn.Module, vocabulary: int, sizes: tuple[int, ...])
         "attention_mask": mask,
         "labels": tokens.masked_fill(mask == 0, -100),
     }
-    return Problem(model.eval(), in_batches(full, *sizes), next_token_loss, full)
+    batches = in_batches(full, *sizes)
+    return Problem(model.eval(), batches, next_token_loss, full, forward_fn=logits_of)
 
 
 def gpt2(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)) -> Problem:
@@ -208,6 +255,205 @@ def checkpointed(
     torch.manual_seed(6)
     model = Checkpointed(use_reentrant).to(dtype)
     return Problem(model, plain.batches, cross_entropy, plain.full_batch)
+
+
+def regression(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2)) -> Problem:
+    """A tanh MLP on 11 samples with 2 real targets each, by mean squared error (n = 23)."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
+    full = (torch.randn(11, 4, dtype=dtype), torch.randn(11, 2, dtype=dtype))
+    return _supervised(model, full, sizes, nn.MSELoss())
+
+
+def binary(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2)) -> Problem:
+    """A tanh MLP on 11 samples with 2 independent binary labels each (n = 23)."""
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
+    full = (torch.randn(11, 4, dtype=dtype), torch.randint(0, 2, (11, 2)).to(dtype))
+    return _supervised(model, full, sizes, nn.BCEWithLogitsLoss())
+
+
+def weighted_classes(
+    dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (9, 9, 5)
+) -> Problem:
+    """The MLP of ``mlp`` with class weights: batches count the weights of their labels."""
+    plain = mlp(dtype)
+    criterion = nn.CrossEntropyLoss(torch.tensor([0.2, 1.0, 3.0], dtype=dtype))
+    return _supervised(plain.model, plain.full_batch, sizes, criterion)
+
+
+def masked_labels(
+    dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (9, 9, 5)
+) -> Problem:
+    """The MLP of ``mlp`` with every third label left out, and nearly all of the last batch's."""
+    plain = mlp(dtype)
+    X, y = plain.full_batch
+    left_out = (torch.arange(len(y)) % 3 == 0) | (torch.arange(len(y)) > 19)
+    full = (X, y.masked_fill(left_out, -100))
+    return _supervised(plain.model, full, sizes, nn.CrossEntropyLoss())
+
+
+class _Mixing(nn.Module):
+    def __init__(self, steps: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(inputs, 3)
+        self.across = nn.Linear(steps, steps)
+        self.head = nn.Linear(3, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        hidden = torch.tanh(self.across(hidden.mT)).mT
+        out: Tensor = self.head(hidden)
+        return out
+
+
+class _ClassesFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT  # (N, T, C) to the (N, C, T) of torch's cross-entropy
+
+
+def labelled_sequences(
+    dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
+) -> Problem:
+    """6 sequences of 4 steps with a label each; every output reads all steps (n = 44)."""
+    torch.manual_seed(9)
+    model = nn.Sequential(_Mixing(4, 3, 3), _ClassesFirst()).to(dtype)
+    full = (torch.randn(6, 4, 3, dtype=dtype), torch.randint(0, 3, (6, 4)))
+    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+
+
+def real_sequences(
+    dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 1)
+) -> Problem:
+    """6 sequences of 4 steps with 2 real targets each; every output reads all steps (n = 40)."""
+    torch.manual_seed(10)
+    model = _Mixing(4, 3, 2).to(dtype)
+    full = (torch.randn(6, 4, 3, dtype=dtype), torch.randn(6, 4, 2, dtype=dtype))
+    return _supervised(model, full, sizes, nn.MSELoss())
+
+
+def deep_linear(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2)) -> Problem:
+    """Three linear layers without bias and squared errors, where K-FAC is exact (n = 27)."""
+    torch.manual_seed(11)
+    layers = [nn.Linear(i, o, bias=False) for i, o in ((4, 3), (3, 3), (3, 2))]
+    full = (torch.randn(11, 4, dtype=dtype), torch.randn(11, 2, dtype=dtype))
+    return _supervised(nn.Sequential(*layers).to(dtype), full, sizes, nn.MSELoss())
+
+
+def group_norm(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
+    """A convolution, GroupNorm and SiLU on 7 images (n = 99)."""
+    torch.manual_seed(12)
+    norm = nn.GroupNorm(2, 4)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(16, 3))
+    model = model.to(dtype)
+    full = (torch.randn(7, 1, 4, 4, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+
+
+def weight_norm(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
+    """A tanh MLP whose layers are parametrized by direction and length (n = 33)."""
+    torch.manual_seed(13)
+    layers = [parametrizations.weight_norm(nn.Linear(i, o)) for i, o in ((4, 3), (3, 3))]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1]).to(dtype)
+    full = (torch.randn(7, 4, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        return out
+
+
+def attention(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
+    """Torch's own multi-head attention on 7 sequences of 5 steps (n = 95)."""
+    torch.manual_seed(14)
+    full = (torch.randn(7, 5, 4, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(_SelfAttention().to(dtype), full, sizes, nn.CrossEntropyLoss())
+
+
+class _MeanOverSteps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def transformer(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
+    """Torch's own encoder layer, with GELU, on 7 sequences of 5 steps (n = 142)."""
+    torch.manual_seed(15)
+    layer = nn.TransformerEncoderLayer(4, 2, 3, 0.0, "gelu", batch_first=True)
+    model = nn.Sequential(layer, _MeanOverSteps(), nn.Linear(4, 3)).to(dtype).eval()
+    full = (torch.randn(7, 5, 4, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+
+
+class Cube(torch.autograd.Function):
+    """x³, with a backward pass by hand: no forward rule, and none for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return 3 * x**2 * grads[0]
+
+
+class _Cubes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Cube.apply(x)
+        return out
+
+
+def custom_function(
+    dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)
+) -> Problem:
+    """An MLP with an autograd Function of the user's own (n = 27)."""
+    torch.manual_seed(16)
+    model = nn.Sequential(nn.Linear(4, 3), _Cubes(), nn.Linear(3, 3)).to(dtype)
+    full = (torch.randn(7, 4, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+
+
+def convolutions(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
+    """Convolutions in groups with circular padding, and with dilation and stride (n = 101)."""
+    torch.manual_seed(17)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", groups=2),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, 2, dilation=2, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ).to(dtype)
+    full = (torch.randn(7, 2, 6, 6, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+
+
+class _Reused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+        return out
+
+
+def reused_module(
+    dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)
+) -> Problem:
+    """A layer through which the data pass twice (n = 35)."""
+    torch.manual_seed(18)
+    full = (torch.randn(7, 4, dtype=dtype), torch.randint(0, 3, (7,)))
+    return _supervised(_Reused().to(dtype), full, sizes, nn.CrossEntropyLoss())
 
 
 def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
