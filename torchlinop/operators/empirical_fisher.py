@@ -62,7 +62,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
     Raises:
         SampleMixingError: samples depend on each other; and as ``GGNOperator``.
 
-    Source: Kunstner, Balles, Hennig, Limitations of the empirical Fisher approximation, NeurIPS
+    Source: Kunstner, Hennig, Balles, Limitations of the empirical Fisher approximation, NeurIPS
     (2019), equation 3.
     """
 
