@@ -132,17 +132,16 @@ class LossesOfSamples:
 
     def weights(self, losses: Tensor, batch: Batch) -> Tensor:
         """ω_i (N,) in ``L(batch) = Σ_i ω_i L(sample i)``."""
-        return losses.new_tensor([w for w in sample_weights(self.weighting, batch) if w])
+        weights = sample_weights(self.weighting, batch)
+        return weights[weights != 0].to(losses)
 
     def _counted(self, batch: Batch) -> Batch:
         """The batch without samples that hold no loss term: their own loss may be NaN."""
-        weights = torch.tensor(sample_weights(self.weighting, batch))
+        weights = sample_weights(self.weighting, batch)
         if weights.all():
             return batch
-        samples = len(weights)
-        return tree_map(
-            lambda t: t[weights.nonzero()[:, 0].to(t.device)] if _counts(t, samples) else t, batch
-        )
+        counting, samples = weights.nonzero()[:, 0], len(weights)
+        return tree_map(lambda t: t[counting.to(t.device)] if _counts(t, samples) else t, batch)
 
     def _together(self, model: nn.Module, batch: Batch) -> Tensor:
         samples = count_samples(batch)

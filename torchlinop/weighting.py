@@ -24,6 +24,7 @@ from torchlinop.errors import NonFiniteError, SampleMixingError, WeightingError
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
 Count = Callable[[Batch], float]
+Marks = Callable[[Batch], Tensor | None]  # (N, ...), a number of loss terms at every place
 Loss = Callable[[Batch], Tensor]  # a scalar
 Trial = tuple[Batch, Batch, Batch]  # a whole and its two parts
 
@@ -35,12 +36,13 @@ class Weighting:
     count: Count
     unit: str  # "samples", "unmasked labels", ..., for people
     mean: bool = True
+    marks: Marks | None = None  # what the samples count, all at once: their marks summed
 
 
-def samples(batch: Batch) -> float:
-    """Samples of the batch; NaN where they cannot be counted."""
+def samples(batch: Batch) -> Tensor | None:
+    """A one for every sample."""
     number = count_samples(batch)
-    return math.nan if number is None else number
+    return None if number is None else torch.ones(number)
 
 
 def labels(batch: Batch) -> Tensor | None:
@@ -54,24 +56,33 @@ def labels(batch: Batch) -> Tensor | None:
     return found if integer else None
 
 
-def unmasked_labels(batch: Batch) -> float:
+def unmasked_labels(batch: Batch) -> Tensor | None:
     """Labels that are not -100."""
     found = labels(batch)
-    return math.nan if found is None else float((found != IGNORED).sum())
+    return None if found is None else found != IGNORED
 
 
-def unmasked_next_tokens(batch: Batch) -> float:
+def unmasked_next_tokens(batch: Batch) -> Tensor | None:
     """Labels that are not -100 but for the first of each sequence: causal language models."""
     found = labels(batch)
-    if found is None or found.ndim < 2:
-        return math.nan
-    return float((found[..., 1:] != IGNORED).sum())
+    return None if found is None or found.ndim < 2 else found[..., 1:] != IGNORED
 
 
-def attended_tokens(batch: Batch) -> float:
+def attended_tokens(batch: Batch) -> Tensor | None:
     """Ones of the attention mask."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return float(mask.sum()) if isinstance(mask, Tensor) else math.nan
+    return mask if isinstance(mask, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of a batch's marks; NaN where it has none."""
+
+    marks: Marks
+
+    def __call__(self, batch: Batch) -> float:
+        marks = self.marks(batch)
+        return math.nan if marks is None else float(marks.sum())
 
 
 def one(batch: Batch) -> float:
@@ -80,23 +91,31 @@ def one(batch: Batch) -> float:
 
 
 RULES = (
-    Weighting(samples, "samples"),
-    Weighting(unmasked_labels, "unmasked labels"),
-    Weighting(unmasked_next_tokens, "unmasked next tokens"),
-    Weighting(attended_tokens, "attended tokens"),
+    Weighting(Sum(samples), "samples", marks=samples),
+    Weighting(Sum(unmasked_labels), "unmasked labels", marks=unmasked_labels),
+    Weighting(Sum(unmasked_next_tokens), "unmasked next tokens", marks=unmasked_next_tokens),
+    Weighting(Sum(attended_tokens), "attended tokens", marks=attended_tokens),
 )
-SUM = Weighting(one, "batches", mean=False)
-BATCH_MEAN = Weighting(one, "batches")
+SUM = Weighting(one, "batches", mean=False, marks=samples)
+BATCH_MEAN = Weighting(one, "batches", marks=samples)
 
 _PROBED = 6  # batches that are looked into, spread evenly over the data
 _ROWS = 6  # samples of a part, as long as these tell the rules apart
 _COARSEST = 0.02  # a defect that no rounding explains, relative to the losses
 
 
-def sample_weights(weighting: Weighting, batch: Batch) -> list[float]:
-    """ω_i of every sample in ``L(batch) = Σ_i ω_i L(sample i)``: its share, or 1 in a sum."""
-    counts = [weighting.count(sample) for sample in split(batch, 1)]
-    return [count / sum(counts) for count in counts] if weighting.mean else [1.0] * len(counts)
+def sample_weights(weighting: Weighting, batch: Batch) -> Tensor:
+    """ω_i (N,) in ``L(batch) = Σ_i ω_i L(sample i)``: shares of a mean, or ones in a sum."""
+    counts = _of_samples(weighting, batch)
+    return counts / counts.sum() if weighting.mean else torch.ones_like(counts)
+
+
+def _of_samples(weighting: Weighting, batch: Batch) -> Tensor:
+    """What every sample counts: (N,) in float64."""
+    marks = weighting.marks(batch) if weighting.marks else None
+    if marks is None or len(marks) != count_samples(batch):
+        return torch.tensor([weighting.count(s) for s in split(batch, 1)], dtype=torch.float64)
+    return marks.reshape(len(marks), -1).sum(1, dtype=torch.float64).cpu()
 
 
 def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = False) -> Weighting:
@@ -114,7 +133,7 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = F
         NonFiniteError: the loss is NaN or infinite.
     """
     counts = [[rule.count(batch) for batch in batches] for rule in RULES]
-    possible = [r for r, c in zip(RULES, counts, strict=True) if not any(map(math.isnan, c))]
+    possible = [r for r, c in zip(RULES, counts, strict=True) if sum(c) > 0]  # not NaN
     if len(batches) == 1 and not of_samples:
         return possible[0] if possible else BATCH_MEAN
     if not possible:
@@ -129,10 +148,9 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = F
             f"expected a loss that does not mix samples, for a per-sample matrix: {error}, or use "
             "HessianOperator or GGNOperator"
         ) from error
-    weighed = _samples_of(batches) if of_samples and len(alive) > 1 else batches
-    if not _agree(alive, weighed):
+    if not _agree(alive, batches, of_samples):
         alive = _survivors(alive, _trials(batches, None), batches, loss, noise)
-    if not _agree(alive, weighed):
+    if not _agree(alive, batches, of_samples):
         units = ", ".join(rule.unit if rule.mean else "sum" for rule in alive)
         raise WeightingError(_unknown(batches, f"{units} all explain the loss of their parts"))
     return alive[0]
@@ -229,17 +247,16 @@ def _head(batch: Batch, rows: int | None) -> Batch:
     return take(batch, 0, rows)
 
 
-def _samples_of(batches: Sequence[Batch]) -> list[Batch]:
-    return [sample for batch in batches if can_be_cut(batch) for sample in split(batch, 1)]
-
-
-def _agree(rules: Sequence[Weighting], batches: Sequence[Batch]) -> bool:
-    """Whether all rules are means, or sums, that give the batches the same shares."""
+def _agree(rules: Sequence[Weighting], batches: Sequence[Batch], of_samples: bool) -> bool:
+    """Whether all rules are means, or sums, that give the batches, or samples, the same shares."""
     shares = []
-    for rule in rules:
-        counts = [rule.count(batch) for batch in batches]
-        shares.append([count / sum(counts) if sum(counts) else 0.0 for count in counts])
-    same = all(math.isclose(x, y) for s in shares for x, y in zip(s, shares[0], strict=True))
+    for rule in rules if len(rules) > 1 else ():
+        if of_samples:
+            counts = torch.cat([_of_samples(rule, batch) for batch in batches])
+        else:
+            counts = torch.tensor([rule.count(batch) for batch in batches], dtype=torch.float64)
+        shares.append(counts / counts.sum().clamp_min(1))
+    same = all(torch.allclose(share, shares[0], rtol=1e-9, atol=0) for share in shares)
     return same and len({rule.mean for rule in rules}) == 1
 
 

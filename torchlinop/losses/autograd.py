@@ -139,7 +139,7 @@ class AutogradLoss(LossOfOutput):
                 f"{len(outputs)} rows of outputs for {samples} samples; give the loss a weighting, "
                 "and outputs with one row a sample"
             )
-        return outputs.new_tensor(sample_weights(self.weighting, batch))
+        return sample_weights(self.weighting, batch).to(outputs)
 
     def _refuse_mixing(
         self, gradients: Tensor, omega: Tensor, outputs: Tensor, batch: Batch

@@ -129,7 +129,7 @@ def ggn_diagonal(
 def _samples(batch: Batch, loss: LossOfOutput) -> Iterator[tuple[Batch, float]]:
     """The samples that count, each with its share of the loss of the batch."""
     assert loss.weighting is not None  # it was found when the objective was built
-    weights = sample_weights(loss.weighting, batch)
+    weights = sample_weights(loss.weighting, batch).tolist()
     yield from ((s, w) for s, w in zip(split(batch, 1), weights, strict=True) if w)
 
 

@@ -172,7 +172,7 @@ class MeanOfLosses:
         """ω_i (N,), the same for all unless ``loss_fn`` knows what a sample counts."""
         if self.weighting is None:
             return losses.new_full(losses.shape, 1 / len(losses))
-        return losses.new_tensor(sample_weights(self.weighting, batch))
+        return sample_weights(self.weighting, batch).to(losses)
 
 
 @dataclass(frozen=True)
