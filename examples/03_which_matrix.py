@@ -8,14 +8,15 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 
 from torchlinop import (
+    EKFACOperator,
     EmpiricalFisherOperator,
     FisherOperator,
     GGNOperator,
     HessianOperator,
+    KFACOperator,
     as_linear_operator,
 )
 from torchlinop.demo import digits_mlp
-from torchlinop.operators.kfac import EKFACOperator, KFACOperator
 from torchlinop.testing.oracles import dense_hessian, dense_jacobian
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -5,9 +5,14 @@ from scipy.sparse.linalg import eigsh
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
 
-from torchlinop import GGNOperator, HessianOperator, as_linear_operator, match_regex
+from torchlinop import (
+    GGNOperator,
+    HessianOperator,
+    KFACOperator,
+    as_linear_operator,
+    match_regex,
+)
 from torchlinop.losses import hf_lm_forward, hf_lm_loss, hf_lm_loss_of_output
-from torchlinop.operators.kfac import KFACOperator
 from torchlinop.testing.oracles import dense_ggn, dense_hessian
 
 logging.set_verbosity_error()  # a vocabulary of 11 lacks the tokens that configs name

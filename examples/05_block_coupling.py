@@ -2,10 +2,8 @@
 
 import torch
 
-from torchlinop import HessianOperator
-from torchlinop.algorithms.block_coupling import block_coupling
+from torchlinop import BlockDiagonalOperator, HessianOperator, block_coupling
 from torchlinop.demo import digits_mlp
-from torchlinop.operators.blocks import BlockDiagonalOperator
 from torchlinop.testing.oracles import dense_hessian
 
 problem = digits_mlp()  # a trained MLP, a list of batches, and loss_fn(model, batch)

@@ -19,6 +19,7 @@ from torchlinop.operators.gauss_newton import GGNOperator
 from torchlinop.operators.gradient_outer import GradientOuterOperator
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.operators.jacobian import JacobianOperator
+from torchlinop.operators.kfac import EKFACOperator, KFACOperator
 from torchlinop.parameters import ParameterLayout, match_names, match_regex
 from torchlinop.space import VectorSpace
 
@@ -29,6 +30,7 @@ __all__ = [
     "CountingOperator",
     "CurvatureOperator",
     "DiagonalOperator",
+    "EKFACOperator",
     "EmpiricalFisherOperator",
     "FiniteDifference",
     "FisherOperator",
@@ -38,6 +40,7 @@ __all__ = [
     "GradientOuterOperator",
     "HessianOperator",
     "JacobianOperator",
+    "KFACOperator",
     "LambdaOperator",
     "MatrixOperator",
     "ParameterLayout",

@@ -1,0 +1,285 @@
+"""A = mean of a aᵀ and B = Σ g gᵀ for every matrix of parameters, batch by batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torchlinop.from_model import OutputObjective
+from torchlinop.operators.eigenbasis import (
+    Eigenbasis,
+    averaged_over_eigenspaces,
+    common_eigenbasis,
+)
+from torchlinop.operators.kfac.features import Features
+from torchlinop.operators.kfac.layers import KroneckerLayer, Layer
+from torchlinop.operators.kfac.tape import Tape, numbered, recorded
+from torchlinop.operators.kfac.uses import (
+    Gradients,
+    KroneckerUse,
+    Use,
+    squared_over_uses,
+    summed_over_uses,
+)
+from torchlinop.operators.kfac.vectors import Vectors
+from torchlinop.operators.kronecker import (
+    KroneckerBlock,
+    common_bases,
+    diagonal_block,
+    kronecker_sum,
+)
+
+Entries = slice | Tensor
+
+
+class Observer:
+    """Sums over batches, in float64, of what passes by."""
+
+    def see_inputs(self, tape: Tape) -> None:
+        """Once for every batch."""
+
+    def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
+        """For every chunk of vectors (k, *outputs.shape) that was backpropagated."""
+
+
+class Part(Observer, ABC):
+    """A block in the making."""
+
+    @abstractmethod
+    def block(self, dtype: torch.dtype) -> KroneckerBlock:
+        """What all batches together give."""
+
+    def corrected(self, dtype: torch.dtype) -> Part:
+        """EKFAC's part, which sees all batches again; this one, finished, where it is exact."""
+        return Constant(self.block(dtype))
+
+
+@dataclass
+class Constant(Part):
+    """A block that is known."""
+
+    finished: KroneckerBlock
+
+    def block(self, dtype: torch.dtype) -> KroneckerBlock:
+        return self.finished
+
+
+@dataclass
+class InputMoment:
+    """Sums for ``A``, the mean of ``a aᵀ``."""
+
+    total: Tensor | None = None
+    number: Tensor | None = None
+
+    def add(self, features: Features) -> None:
+        self.total = _plus(self.total, features.moment())
+        self.number = _plus(self.number, features.counted.sum())
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802  # a matrix
+        assert self.total is not None
+        assert self.number is not None
+        return self.total / self.number.clamp_min(1)
+
+
+@dataclass
+class GradientMoment(Observer):
+    """``B = Σ_v Σ_ns g gᵀ`` of a layer, for its weight and its bias.
+
+    Without gradients, B is the identity.
+    """
+
+    layer: KroneckerLayer
+    reduced: bool
+    with_gradients: bool
+    total: Tensor | None = None
+
+    def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
+        if self.layer.name in gradients:
+            g = gradients[self.layer.name]
+            g = g.sum(2, keepdim=True) if self.reduced and self.layer.reducible else g
+            rows = g.flatten(0, 2)
+            self.total = _plus(self.total, rows.mT @ rows, share)
+
+    def of_size(self, d_out: int, like: Tensor) -> Tensor:
+        """B: (d_out, d_out), or its diagonal (d_out,)."""
+        if self.total is not None:
+            return self.total
+        return like.new_zeros(d_out) if self.with_gradients else like.new_ones(d_out)
+
+    @cached_property
+    def basis(self) -> Eigenbasis | None:
+        return None if self.total is None else common_eigenbasis([self.total])
+
+
+@dataclass
+class KroneckerPart(Part):
+    """``Σ_uses B ⊗ A`` for a matrix of parameters (r, c).
+
+    A is a mean over positions (of all calls, groups and batches), B a sum over them; where
+    positions are ``reduced``, A is a mean over samples of averaged a, B a sum over samples of
+    summed g.
+    """
+
+    entries: Entries
+    shape: tuple[int, int]
+    uses: Sequence[KroneckerUse]
+    reduced: bool
+    gradients: Mapping[str, GradientMoment]  # by the name of the layer
+    inputs: dict[str, InputMoment] = field(default_factory=dict)
+
+    def see_inputs(self, tape: Tape) -> None:
+        for use in self.uses:
+            if use.layer.name in tape.calls:
+                features = use.features(tape)
+                features = features.reduced() if self.reduced else features
+                self.inputs.setdefault(use.layer.name, InputMoment()).add(features)
+
+    def block(self, dtype: torch.dtype) -> KroneckerBlock:
+        return self._eigendecomposition(dtype)[0]
+
+    def corrected(self, dtype: torch.dtype) -> Part:
+        return CorrectedPart(self.uses, *self._eigendecomposition(dtype))
+
+    def _eigendecomposition(
+        self, dtype: torch.dtype
+    ) -> tuple[KroneckerBlock, tuple[Eigenbasis, Eigenbasis]]:
+        called = [use for use in self.uses if use.layer.name in self.inputs]
+        pairs = [self._pair(use) for use in called]
+        bases = self._bases(called[0]) if len(called) == 1 else common_bases(pairs)
+        return kronecker_sum(self.entries, pairs, bases, dtype), bases
+
+    def _pair(self, use: KroneckerUse) -> tuple[Tensor, Tensor]:
+        """The left and the right factor: B and A, or A and B where the weight is (d_in, d_out)."""
+        A = self.inputs[use.layer.name].A
+        first = use.layer.inputs_first
+        B = self.gradients[use.layer.name].of_size(self.shape[1 if first else 0], A)
+        return (A, B) if first else (B, A)
+
+    def _bases(self, use: KroneckerUse) -> tuple[Eigenbasis, Eigenbasis]:
+        """For one product; that of B serves the weight and the bias."""
+        left, right = self._pair(use)
+        of_B = self.gradients[use.layer.name].basis
+        if of_B is None:
+            return common_bases([(left, right)])
+        if use.layer.inputs_first:
+            return common_eigenbasis([left]), of_B
+        return of_B, common_eigenbasis([right])
+
+
+@dataclass
+class CorrectedPart(Part):
+    """``λ = Σ_v Σ_n (Q_Lᵀ G_vn Q_R)²``, second moments of the gradients in K-FAC's eigenbasis.
+
+    G_vn is the gradient of the whole sample, from all its positions and all uses of the matrix.
+    """
+
+    uses: Sequence[KroneckerUse]
+    uncorrected: KroneckerBlock
+    bases: tuple[Eigenbasis, Eigenbasis]
+    moments: Tensor | None = None
+
+    def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
+        rotation = (self.uncorrected.left, self.uncorrected.right)
+        entries = self.uncorrected.eigenvalues.numel()
+        M = squared_over_uses(tape, gradients, self.uses, entries, rotation)
+        if M is not None:
+            self.moments = _plus(self.moments, M, share)
+
+    def block(self, dtype: torch.dtype) -> KroneckerBlock:
+        moments = self.moments
+        if moments is None:
+            moments = torch.zeros_like(self.uncorrected.eigenvalues, dtype=torch.float64)
+        roundoff = torch.finfo(dtype).eps
+        for dim, basis in enumerate(self.bases):
+            moments = averaged_over_eigenspaces(moments, basis, dim, roundoff)
+        return self.uncorrected.with_eigenvalues(moments.to(dtype))
+
+
+@dataclass
+class DensePart(Part):
+    """``Σ_v Σ_n γ_vn γ_vnᵀ``, exact, for few parameters: γ joins the gradients of some tensors."""
+
+    entries: Entries
+    uses: Sequence[list[Use]]  # for every tensor
+    sizes: Sequence[int]
+    total: Tensor | None = None
+
+    def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
+        parts = [
+            torch.cat(list(summed_over_uses(tape, gradients, uses, size)), 1).flatten(2)
+            for uses, size in zip(self.uses, self.sizes, strict=True)
+            if any(use.layer.name in gradients for use in uses)
+        ]
+        if parts:
+            rows = torch.cat(parts, 2).flatten(0, 1)
+            self.total = _plus(self.total, rows.mT @ rows, share)
+
+    def block(self, dtype: torch.dtype) -> KroneckerBlock:
+        size = sum(self.sizes)
+        C = torch.zeros(size, dtype=torch.float64) if self.total is None else self.total
+        pairs = [(C, C.new_ones(1))]
+        return kronecker_sum(self.entries, pairs, common_bases(pairs), dtype)
+
+
+@dataclass
+class DiagonalPart(Part):
+    """``Σ_v Σ_n (J_nᵀ v)²``, the exact diagonal, one backward pass for every v and n."""
+
+    entries: Tensor
+    total: Tensor | None = None
+
+    def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
+        sample_of = torch.arange(V.shape[1], device=V.device) // (V.shape[1] // tape.samples)
+        for v in V:
+            for n in range(tape.samples):
+                v_n = v * (sample_of == n).view(-1, *[1] * (v.ndim - 1))
+                if v_n.any():
+                    G = tape.parameter_gradient(v_n)[self.entries]
+                    self.total = _plus(self.total, G.square(), share)
+
+    def block(self, dtype: torch.dtype) -> KroneckerBlock:
+        zeros = torch.zeros(len(self.entries), device=self.entries.device)
+        total = zeros if self.total is None else self.total
+        return diagonal_block(self.entries, total.to(dtype))
+
+
+def collect(
+    objective: OutputObjective,
+    layers: Sequence[Layer],
+    observers: Sequence[Observer],
+    vectors: Vectors,
+) -> None:
+    """Show all data to the observers.
+
+    Costs a forward pass, and a backward pass for every vector.
+    """
+    with closing(numbered(objective)) as batches:  # type: ignore[type-var]  # a generator
+        for b, batch, share in batches:
+            with recorded(objective, b, batch, layers) as tape:
+                _show(
+                    tape, observers, vectors(tape.outputs.detach(), batch, b, tape.samples), share
+                )
+
+
+def _show(
+    tape: Tape, observers: Sequence[Observer], vectors: Iterator[Tensor], share: float
+) -> None:
+    for observer in observers:
+        observer.see_inputs(tape)
+    for V in vectors:
+        for chunk in V.split(tape.vectors_at_once()):
+            gradients = tape.gradients(chunk)
+            for observer in observers:
+                observer.see_gradients(tape, chunk, gradients, share)
+
+
+def _plus(total: Tensor | None, term: Tensor, share: float = 1.0) -> Tensor:
+    term = share * term.double()
+    return term if total is None else total.add_(term)

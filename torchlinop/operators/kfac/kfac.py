@@ -1,0 +1,192 @@
+"""K = ⊕ B ⊗ A (K-FAC), and with exact second moments in its eigenbasis (EKFAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Unpack, get_args
+
+from torch import nn
+
+from torchlinop.batches import Batch
+from torchlinop.errors import OptionError
+from torchlinop.from_model import ObjectiveOptions, OutputObjective, output_objective
+from torchlinop.losses.of_model import ForwardFn
+from torchlinop.model_state import unwrap
+from torchlinop.operators.kfac.coverage import Policy, refuse_unfit_modules, survey
+from torchlinop.operators.kfac.factors import collect
+from torchlinop.operators.kfac.layers import Layer
+from torchlinop.operators.kfac.parts import Parts, Plan, parts_of
+from torchlinop.operators.kfac.vectors import (
+    FisherType,
+    HessianRoot,
+    NoVectors,
+    TermGradients,
+    Vectors,
+    sampled_gradients,
+)
+from torchlinop.operators.kronecker import KroneckerBlock, KroneckerOperator
+from torchlinop.per_sample import refuse_mixed_samples
+from torchlinop.preflight import preflight
+
+Approximation = Literal["expand", "reduce"]
+
+
+class KFACOperator(KroneckerOperator):
+    """K-FAC: for every layer the Kronecker product of two moments, of inputs and of gradients.
+
+    For a weight W (d_out, d_in), row-major, the block is ``B ⊗ A``. A is the mean of ``a aᵀ`` over
+    samples and positions (tokens, places of an image), B the sum of ``g gᵀ`` over the vectors v
+    with ``Σ v vᵀ = ∇²L``, where g is v backpropagated to the output of the layer. A bias has the
+    block B. Loss terms of one sample are never mixed: for outputs that are sequences the
+    expectation of "mc" is "type-2".
+
+    Equal to the GGN's block for one sample (jointly), for linear networks with squared errors,
+    and in general an approximation. A tied weight gets the sum of the products of its uses,
+    projected on one eigenbasis, so that its trace is kept. Normalisations get their exact block
+    of (weight, bias). Embeddings count their rows, for "reduce" too. Padding (an
+    ``attention_mask`` in the batch) does not count.
+
+    Args:
+        model, dataloader, forward_fn, loss_of_output_fn: as for ``GGNOperator``.
+        fisher_type: ``"type-2"`` (exact), ``"mc"`` (targets drawn from the model),
+            ``"empirical"`` (the gradients of the loss terms), or ``"forward-only"`` (B = I).
+        approximation: ``"expand"`` takes the positions of a sample for samples of their own;
+            ``"reduce"`` averages a over them and sums g, before moments are taken.
+        separate_weight_and_bias: False makes one block of weight and bias, with A of ``[a, 1]``.
+        mc_samples, sampling_seed: how many draws for "mc", and of which numbers; those of
+            ``FisherOperator``, independent of the batches.
+        unsupported: what becomes of parameters without a rule: ``"error"`` refuses them, ``"diag"``
+            takes the exact diagonal of the matrix that is approximated, ``"identity"`` and
+            ``"skip"`` an identity and a zero block.
+        **options: see ``ObjectiveOptions``.
+
+    The factors are computed here, once: a forward pass of the data and a backward pass for every
+    vector (C for C classes, times the loss terms of a sample; ``mc_samples`` of them for "mc"),
+    and one eigendecomposition of every factor. Memory: activations of a batch, the factors, and
+    their eigenvectors. A product costs about as much as one with every factor.
+
+    Raises:
+        KFACCoverageError: a parameter has no rule, or a layer's input does not begin with the
+            samples; SampleMixingError: samples depend on each other; OptionError; and as
+            ``GGNOperator``.
+
+    Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature, ICML 2015; Grosse and Martens, A Kronecker-factored approximate Fisher matrix for
+    convolution layers, ICML 2016; Eschenhagen et al., Kronecker-factored approximate curvature
+    for modern neural network architectures, NeurIPS 2023 (expand and reduce).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Batch],
+        forward_fn: ForwardFn,
+        loss_of_output_fn: Any,
+        *,
+        fisher_type: FisherType = "type-2",
+        approximation: Approximation = "expand",
+        separate_weight_and_bias: bool = True,
+        mc_samples: int = 1,
+        sampling_seed: int = 0,
+        unsupported: Policy = "error",
+        **options: Unpack[ObjectiveOptions],
+    ) -> None:
+        _refuse_unknown("fisher_type", fisher_type, get_args(FisherType))
+        _refuse_unknown("approximation", approximation, get_args(Approximation))
+        _refuse_unknown("unsupported", unsupported, get_args(Policy))
+        _refuse_bad_draws(mc_samples)
+        with_gradients = fisher_type != "forward-only"
+        if not with_gradients:
+            self._refuse_no_gradients(unsupported)
+        refuse_unfit_modules(unwrap(model))
+        objective = output_objective(
+            model, dataloader, forward_fn, loss_of_output_fn, of_samples=True, **options
+        )
+        vectors = _VECTORS[fisher_type](objective, mc_samples, sampling_seed)
+        refuse_mixed_samples(objective, objective.function.outputs)
+        facts = preflight(objective, second_order=False, of=objective.function.outputs)
+        found = survey(objective, facts.unused, with_gradients)
+        self.objective = objective
+        self.coverage = found.coverage(objective, unsupported)
+        self.coverage.enforce()
+        plan = Plan(separate_weight_and_bias, approximation == "reduce", with_gradients)
+        made = parts_of(objective, found, unsupported, plan)
+        super().__init__(
+            objective.space,
+            self._blocks(objective, found.layers, made, vectors),
+            layout=objective.layout,
+            description=[*objective.description, f"{fisher_type}, {approximation}"],
+            notes=[self.coverage.summary, *facts.notes(objective)[:-1]],  # no graphs are kept
+        )
+
+    def _blocks(
+        self,
+        objective: OutputObjective,
+        layers: Sequence[Layer],
+        made: Parts,
+        vectors: Vectors,
+    ) -> list[KroneckerBlock]:
+        collect(objective, layers, [*made.moments, *made.parts], vectors)
+        return [part.block(objective.space.dtype) for part in made.parts]
+
+    def _refuse_no_gradients(self, unsupported: Policy) -> None:
+        if unsupported == "diag":
+            raise OptionError(
+                'unsupported="diag" takes a diagonal of squared gradients, which '
+                'fisher_type="forward-only" does not compute; choose "identity" or "skip"'
+            )
+
+
+class EKFACOperator(KFACOperator):
+    """EKFAC: K-FAC's eigenvectors with the best eigenvalues for them, ``λ = Σ_v Σ_n (Qᵀ γ_vn)²``.
+
+    γ_vn is the gradient of sample n for the vector v, all its positions and all uses of a tied
+    weight together. So the trace is that of the GGN's blocks (of the approximated matrix's, for
+    other Fisher types). Over an eigenspace of a factor, such as the null space of A for
+    "reduce", λ is averaged: the basis there is arbitrary, and would depend on the batches.
+
+    Arguments and errors are those of ``KFACOperator``, without ``"forward-only"``. Costs twice as
+    much, as all data are put through the model again.
+
+    Source: George et al., Fast approximate natural gradient descent in a Kronecker-factored
+    eigenbasis, NeurIPS 2018.
+    """
+
+    def _blocks(
+        self,
+        objective: OutputObjective,
+        layers: Sequence[Layer],
+        made: Parts,
+        vectors: Vectors,
+    ) -> list[KroneckerBlock]:
+        collect(objective, layers, [*made.moments, *made.parts], vectors)
+        corrected = [part.corrected(objective.space.dtype) for part in made.parts]
+        return super()._blocks(objective, layers, Parts(corrected, []), vectors)
+
+    def _refuse_no_gradients(self, unsupported: Policy) -> None:
+        raise OptionError(
+            'EKFAC needs gradients, which fisher_type="forward-only" does not compute; choose '
+            '"type-2", "mc" or "empirical", or KFACOperator'
+        )
+
+
+_VECTORS: dict[FisherType, Callable[[OutputObjective, int, int], Vectors]] = {
+    "type-2": lambda objective, draws, seed: HessianRoot(objective.function.loss),
+    "mc": lambda objective, draws, seed: sampled_gradients(
+        objective.function.loss, draws, seed, objective.data.starts
+    ),
+    "empirical": lambda objective, draws, seed: TermGradients(objective.function.loss),
+    "forward-only": lambda objective, draws, seed: NoVectors(),
+}
+
+
+def _refuse_unknown(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise OptionError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+
+
+def _refuse_bad_draws(mc_samples: int) -> None:
+    if not (isinstance(mc_samples, int) and mc_samples >= 1):
+        raise OptionError(
+            f"expected mc_samples to be an integer of at least 1, got {mc_samples!r}; leave it out"
+        )

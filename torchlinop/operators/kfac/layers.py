@@ -1,0 +1,289 @@
+"""Layers that K-FAC knows: how their inputs become a (N, S, d_in), and gradients g (N, S, d_out).
+
+S counts the positions of a sample at which the layer is applied: tokens, or places of an image.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinop.errors import KFACCoverageError
+from torchlinop.operators.kfac.features import Dense, Features, OneHot
+
+
+@dataclass(frozen=True)
+class Layer(ABC):
+    """A module of the model, by its name, and where its parameters enter."""
+
+    name: str
+    module: nn.Module
+    shared: bool = False  # whether one input without a sample axis serves all samples
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """For people."""
+
+    def input_at_all_samples(self, x: Tensor, samples: int) -> Tensor:
+        """The input with a sample axis of full length where one input serves all samples.
+
+        Positions, which are the same for all, are often looked up once. So every sample gets a
+        gradient of its own.
+        """
+        if self.shared:
+            return x.expand(samples, *x.shape)
+        return x.expand(samples, *x.shape[1:]) if x.shape[:1] == (1,) and x.ndim > 1 else x
+
+    @property
+    def least_axes(self) -> int:
+        """Of an input with samples."""
+        return 2
+
+    def begins_with_samples(self, x: Tensor, samples: int) -> bool:
+        """Whether the first axis of the input can be the samples, or samples and positions."""
+        return x.ndim >= self.least_axes and len(x) % samples == 0
+
+    def refuse_other_axes(self, x: Tensor, samples: int) -> None:
+        """Raise KFACCoverageError unless the input begins with the samples."""
+        if not self.begins_with_samples(x, samples):
+            raise KFACCoverageError(
+                f"expected the input of {self.name} to begin with an axis of {samples} samples, "
+                f"got shape {tuple(x.shape)}; put the samples first in the model, or leave its "
+                "parameters out with param_filter"
+            )
+
+    @abstractmethod
+    def by_position(self, g: Tensor, samples: int) -> Tensor:
+        """What has the shape of the output, (k, R, ...): (k, N, S, d_out)."""
+
+
+@dataclass(frozen=True)
+class KroneckerLayer(Layer):
+    """A layer whose weight multiplies features: its gradient is ``Σ_s g_s a_sᵀ``."""
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the weight is (d_in, d_out), the transposed of (d_out, d_in)."""
+        return False
+
+    @property
+    def reducible(self) -> bool:
+        """Whether positions are averaged for approximation="reduce"."""
+        return True
+
+    @abstractmethod
+    def features(self, x: Tensor, samples: int, counted: Tensor | None) -> Features:
+        """The a of an input x; ``counted`` (N, T) says which of T tokens are no padding."""
+
+    def without_padding(self, g: Tensor, x: Tensor, samples: int) -> Tensor:
+        """Gradients (k, N, S, d_out) as far as they reach the weight."""
+        return g
+
+
+class LinearLayer(KroneckerLayer):
+    """``y = W a + b``."""
+
+    @property
+    def kind(self) -> str:
+        return "Linear"
+
+    def features(self, x: Tensor, samples: int, counted: Tensor | None) -> Dense:
+        a = x.reshape(samples, -1, 1, x.shape[-1])
+        return Dense(_counted(a, counted), a)
+
+    def by_position(self, g: Tensor, samples: int) -> Tensor:
+        return g.reshape(len(g), samples, -1, g.shape[-1])
+
+
+class TransposedLinearLayer(LinearLayer):
+    """``y = Wᵀ a + b``: Hugging Face's Conv1D."""
+
+    @property
+    def kind(self) -> str:
+        return "Conv1D (a linear layer)"
+
+    @property
+    def inputs_first(self) -> bool:
+        return True
+
+
+class ConvolutionLayer(KroneckerLayer):
+    """``y_s = W a_s + b`` where a_s is the patch under the kernel, (C_in / groups) Π kernel."""
+
+    @property
+    def kind(self) -> str:
+        return "convolution"
+
+    @property
+    def least_axes(self) -> int:
+        return 2 + len(cast(nn.Conv2d, self.module).kernel_size)
+
+    def features(self, x: Tensor, samples: int, counted: Tensor | None) -> Dense:
+        module = cast(nn.Conv2d, self.module)
+        a = patches(module, x).unflatten(0, (samples, -1)).flatten(1, 2)
+        return Dense(_counted(a, counted), a)
+
+    def by_position(self, g: Tensor, samples: int) -> Tensor:
+        return g.movedim(2, -1).reshape(len(g), samples, -1, g.shape[2])
+
+
+class LookupLayer(KroneckerLayer):
+    """``y = Wᵀ e_i``, a unit vector for every index."""
+
+    @property
+    def kind(self) -> str:
+        return "Embedding"
+
+    @property
+    def least_axes(self) -> int:
+        return 1
+
+    @property
+    def inputs_first(self) -> bool:
+        return True
+
+    @property
+    def reducible(self) -> bool:
+        return False
+
+    def features(self, x: Tensor, samples: int, counted: Tensor | None) -> OneHot:
+        module = cast(nn.Embedding, self.module)
+        ids = x.reshape(samples, -1)
+        weights = _counted(ids.double(), counted)
+        return OneHot(weights * self._learned(ids), ids, module.num_embeddings)
+
+    def by_position(self, g: Tensor, samples: int) -> Tensor:
+        return g.reshape(len(g), samples, -1, g.shape[-1])
+
+    def without_padding(self, g: Tensor, x: Tensor, samples: int) -> Tensor:
+        return g * self._learned(x.reshape(samples, -1))[..., None]
+
+    def _learned(self, ids: Tensor) -> Tensor:
+        """Whether a gradient reaches the row: none does at padding_idx."""
+        padding = cast(nn.Embedding, self.module).padding_idx
+        return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+
+
+class ScaleLayer(Layer):
+    """``y = w ∘ x̂ + b``, a normalisation: the gradients are ``Σ_s x̂_s ∘ g_s`` and ``Σ_s g_s``.
+
+    The weight spans the last axes.
+    """
+
+    @property
+    def kind(self) -> str:
+        return "normalisation"
+
+    def normalised(self, x: Tensor, samples: int) -> Tensor:
+        """x̂: (N, S, d)."""
+        with torch.no_grad(), self._with_scale(1):
+            scaled = self.module.forward(x)
+        with torch.no_grad(), self._with_scale(0):
+            unscaled = self.module.forward(x)
+        # The difference, as some scale by 1 + w.
+        return self.by_position((scaled - unscaled)[None], samples)[0]
+
+    def by_position(self, g: Tensor, samples: int) -> Tensor:
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return g.reshape(len(g), samples, -1, weight.numel())
+
+    @contextmanager
+    def _with_scale(self, scale: float) -> Iterator[None]:
+        """The module with every weight equal to ``scale``, and no bias."""
+        parameters = self.module._parameters
+        own = dict(parameters)
+        for key, value in (("weight", scale), ("bias", 0.0)):
+            tensor = own.get(key)
+            if tensor is not None:
+                parameters[key] = torch.full_like(tensor, value)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            parameters.update(own)
+
+
+class ChannelScaleLayer(ScaleLayer):
+    """The same where the weight spans the second axis, as in BatchNorm and GroupNorm."""
+
+    def by_position(self, g: Tensor, samples: int) -> Tensor:
+        return super().by_position(g.movedim(2, -1), samples)
+
+
+def layer_of(name: str, module: nn.Module) -> Layer | None:
+    """The module as a layer that K-FAC knows; None for all others."""
+    return next((layer(name, module) for fits, layer in _LAYERS if fits(module)), None)
+
+
+def _is(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda module: isinstance(module, classes)
+
+
+def _named(*endings: str) -> Callable[[nn.Module], bool]:
+    """Classes of other libraries, which need not be installed, are known by their names."""
+    return lambda module: type(module).__name__.endswith(endings)
+
+
+def _is_linear_lookup(module: nn.Module) -> bool:
+    """Whether the output depends on the weight alone, not on which rows are looked up together."""
+    plain = isinstance(module, nn.Embedding) and module.max_norm is None
+    return plain and not module.scale_grad_by_freq
+
+
+_Norms = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+_LAYERS: tuple[tuple[Callable[[nn.Module], bool], Callable[[str, nn.Module], Layer]], ...] = (
+    (_is(nn.Linear), LinearLayer),
+    (_is(nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionLayer),
+    (_is_linear_lookup, LookupLayer),
+    (_is(*_Norms), ChannelScaleLayer),
+    (_named("RMSNorm", "LayerNorm"), ScaleLayer),
+    (_named("Conv1D"), TransposedLinearLayer),
+)
+
+
+def patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """What a convolution multiplies with its weight: (R, positions, groups, d_in) for (R, C, ...).
+
+    d_in runs over the channels of a group and the places of the kernel, as the weight does.
+    """
+    axes = len(module.kernel_size)
+    x = _padded(module, x)
+    for i, (kernel, step, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, step)[..., ::dilation]
+    places, kernel_axes = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+    x = x.permute(0, *places, 1, *kernel_axes)  # (R, *places, C, *kernel)
+    rows: Tensor = x.flatten(1, axes).unflatten(2, (module.groups, -1)).flatten(3)
+    return rows
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    if module.padding == "valid":
+        return x
+    widths: list[int] = []
+    for i in reversed(range(len(module.kernel_size))):  # F.pad begins with the last axis
+        if module.padding == "same":
+            total = module.dilation[i] * (module.kernel_size[i] - 1)
+            widths += [total // 2, total - total // 2]
+        else:
+            widths += [int(module.padding[i])] * 2
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded: Tensor = F.pad(x, widths, mode)
+    return padded
+
+
+def _counted(a: Tensor, padding: Tensor | None) -> Tensor:
+    """Ones (N, S), or the padding mask where it fits the positions."""
+    if padding is not None and padding.shape == a.shape[:2]:
+        return padding.to(a)
+    return a.new_ones(a.shape[:2])
