@@ -26,8 +26,10 @@ class ColumnChunks:
     """
 
     def __init__(self, size: int | None = None, limit: int = 16) -> None:
-        if size is not None and size < 1:
-            raise OptionError(f"expected column_chunk to be at least 1, got {size}")
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise OptionError(
+                f"expected column_chunk to be an integer of at least 1, got {size!r}; leave it out"
+            )
         self.size = size
         self._limit = limit
 
@@ -39,14 +41,12 @@ class ColumnChunks:
             return product(V, last=last)
         # Columns as rows of contiguous memory: each is read and written at full speed.
         rows = V.mT.contiguous()
-        products: Tensor | None = None
-        for start in range(0, k, size):
+        first = product(rows[:size].mT, last=False)
+        products = first.new_empty(k, len(first))
+        products[:size] = first.mT
+        for start in range(size, k, size):
             part = slice(start, start + size)
-            chunk = product(rows[part].mT, last=last and start + size >= k)
-            if products is None:
-                products = chunk.new_empty(k, len(chunk))
-            products[part] = chunk.mT
-        assert products is not None  # k > size >= 1
+            products[part] = product(rows[part].mT, last=last and start + size >= k).mT
         return products.mT
 
     def _measured(self, product: LinearMap, V: Tensor) -> int:

@@ -11,10 +11,19 @@ from typing import Protocol
 
 import torch
 
-from torchlinop.batches import Batch, count_samples, pin, read, refuse_one_shot, split
-from torchlinop.errors import EmptyDataError, WeightingError
-from torchlinop.random_state import preserved_random_state
-from torchlinop.weighting import Weighting
+from torchlinop.batches import (
+    Batch,
+    count_samples,
+    detached_copy,
+    pin,
+    read,
+    refuse_one_shot,
+    split,
+    tensors,
+)
+from torchlinop.errors import EmptyDataError, NonDeterministicDataError, WeightingError
+from torchlinop.random_state import preserved_random_state, reseed
+from torchlinop.weighting import BATCH_MEAN, Weighting, weighed_alike
 
 
 class WeightedData(Protocol):
@@ -32,6 +41,7 @@ class WeightedData(Protocol):
     def starts(self) -> tuple[int, ...]: ...  # how many samples the source gave before batch b
     @property
     def why_passes_differ(self) -> str: ...
+    def refuse_reordering(self) -> None: ...  # for matrices that depend on the order
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]: ...
 
@@ -51,6 +61,9 @@ class PinnedData:
     @property
     def batches(self) -> int:
         return len(self.parts)
+
+    def refuse_reordering(self) -> None:
+        """Pinned data keep their order."""
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]:
         return zip(self.parts, self.shares, strict=True)
@@ -84,6 +97,19 @@ class RereadData:
             count = self.weighting.count(part)
             if count:
                 yield part, count / self.total if self.weighting.mean else 1.0
+
+    def refuse_reordering(self) -> None:
+        """Raise NonDeterministicDataError unless two passes give the same batches in one order."""
+        with preserved_random_state(self.device):
+            passes = []
+            for seed in (0, 1):
+                reseed(seed, self.device)
+                passes.append([_checksum(part) for part in self.parts()])
+        if passes[0] != passes[1]:
+            raise NonDeterministicDataError(
+                "two passes over the data gave other batches, or another order, on which this "
+                "matrix depends. Pass pin_data=True or shuffle=False"
+            )
 
     def parts(self) -> Iterator[Batch]:
         """All that the source gives, also what holds no loss term."""
@@ -125,13 +151,15 @@ def reread_data(
     device: torch.device,
     weighting_of: Callable[[tuple[Batch, ...]], Weighting],
 ) -> RereadData:
-    """Read the source twice to count (first a few batches to find the weighting, then all)."""
+    """Read the source twice: to find the weighting on a few telling batches, and to count."""
     refuse_one_shot(source)
-    few = 8 if num_batches is None else min(8, num_batches)
-    weighting = weighting_of(
-        tuple(p for b in pin(source, few, device) for p in split(b, microbatch_size))
-    )
-    data = RereadData(source, num_batches, microbatch_size, device, weighting, math.nan, 0, 0, ())
+    data = RereadData(source, num_batches, microbatch_size, device, BATCH_MEAN, math.nan, 0, 0, ())
+    with closing(data.parts()) as parts:  # type: ignore[type-var]  # a generator
+        telling = _telling(parts)
+    if not telling:
+        pin(source, num_batches, device)  # raises EmptyDataError
+    weighting = weighting_of(telling)
+    data = replace(data, weighting=weighting)
     total, samples, passed = 0.0, 0, 0
     starts: list[int] = []
     with closing(data.parts()) as parts:  # type: ignore[type-var]  # a generator
@@ -144,6 +172,27 @@ def reread_data(
             passed += number
     _refuse_no_terms(total, weighting)
     return replace(data, total=total, samples=samples, batches=len(starts), starts=tuple(starts))
+
+
+_FIRST, _ODD = 8, 4  # batches to look into: the first ones, and others unlike these
+
+
+def _telling(parts: Iterable[Batch]) -> tuple[Batch, ...]:
+    """The first batches, and some of those that rules weigh otherwise than the first."""
+    first: list[Batch] = []
+    odd: list[Batch] = []
+    for part in parts:
+        if len(first) < _FIRST:
+            first.append(detached_copy(part))
+        elif len(odd) < _ODD and not weighed_alike(part, first[0]):
+            odd.append(detached_copy(part))
+    return (*first, *odd)
+
+
+def _checksum(batch: Batch) -> list[float]:
+    """A number for every tensor, which depends on the order of its entries."""
+    flat = [tensor.flatten().double() for tensor in tensors(batch)]
+    return [float(f @ torch.linspace(1, 2, len(f), dtype=f.dtype, device=f.device)) for f in flat]
 
 
 def _count(weighting: Weighting, batch: Batch, b: int) -> float:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from torchlinop.checkpointing import noticed_packing
+
 Function = Callable[[Tensor], Tensor]  # of a flat vector (n,)
 
 # What torch says of operations that forward mode, or a batch of it, cannot pass through.
@@ -181,11 +183,26 @@ class ForwardOverReverse:
 
 
 def _with_pull(f: Function, theta: Tensor) -> tuple[Tensor, LinearMap]:
-    """f(θ), detached, and ``U ↦ Jᵀ U`` through its graph."""
+    """f(θ), detached, and ``U ↦ Jᵀ U`` through its graph.
+
+    Where saved tensors are packed away, f is evaluated again for Jᵀ: they would be computed from
+    the parameters placed last, which J V may have moved.
+    """
     theta = theta.detach().requires_grad_()
-    with torch.enable_grad():
-        outputs = f(theta)
-    return outputs.detach(), _transposed_jacobian(outputs, theta)
+
+    def evaluated() -> Tensor:
+        with torch.enable_grad():
+            return f(theta)
+
+    with noticed_packing() as packing:
+        outputs = evaluated()
+    if not packing:
+        return outputs.detach(), _transposed_jacobian(outputs, theta)
+
+    def pull(V: Tensor, *, last: bool = False) -> Tensor:
+        return _transposed_jacobian(evaluated(), theta)(V, last=last)
+
+    return outputs.detach(), pull
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -67,11 +68,7 @@ def refuse_silent_gaps(loss: Tensor, own: Mapping[Tensor, str], *, twice: bool) 
         if variable is not None and variable in own:
             bypassed.append(own[variable])
         if node.name().startswith("CheckpointFunction"):
-            raise CheckpointError(
-                "the model uses reentrant checkpointing, which cannot be differentiated twice. "
-                "Call checkpoint(..., use_reentrant=False), or with Hugging Face "
-                'model.gradient_checkpointing_enable({"use_reentrant": False})'
-            )
+            refuse_reentrance()
         function = getattr(node, "_forward_cls", None)
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if twice and code is not None and code.co_qualname.startswith("once_differentiable"):
@@ -88,6 +85,15 @@ def refuse_silent_gaps(loss: Tensor, own: Mapping[Tensor, str], *, twice: bool) 
             "given; take parameters from loss_fn's own argument, as model.parameters(), and leave "
             "parametrize.cached() first"
         )
+
+
+def refuse_reentrance() -> NoReturn:
+    """Raise CheckpointError."""
+    raise CheckpointError(
+        "the model uses reentrant checkpointing, which cannot be differentiated twice. "
+        "Call checkpoint(..., use_reentrant=False), or with Hugging Face "
+        'model.gradient_checkpointing_enable({"use_reentrant": False})'
+    )
 
 
 def _node_name(operation: str) -> str:

@@ -21,7 +21,7 @@ def refuse_non_finite(objective: Objective, product: Tensor) -> None:
         for name, piece in objective.layout.unflatten(g).items():
             if not (torch.isfinite(loss) and torch.isfinite(piece).all()):
                 raise NonFiniteError(
-                    f"H v has {bad} NaN or infinite entries: in batch {b} the loss is "
+                    f"the product has {bad} NaN or infinite entries: in batch {b} the loss is "
                     f"{float(loss):.4g} and the gradient of {name} is not finite. "
                     "Clean this batch, or the parameters"
                 )
@@ -29,7 +29,7 @@ def refuse_non_finite(objective: Objective, product: Tensor) -> None:
 
     objective.mean(locate)
     raise NonFiniteError(
-        f"H v has {bad} NaN or infinite entries, though loss and gradient are finite: "
-        "a second derivative is singular, as that of sqrt or norm at 0, or the product overflows. "
+        f"the product has {bad} NaN or infinite entries, though loss and gradient are finite: "
+        "a derivative is singular, as that of sqrt or norm at 0, or the product overflows. "
         "Smooth the loss there, or scale v down"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -64,7 +65,8 @@ def objective_from_model(
     Raises:
         NoParametersError, ParameterError, OptionError, DataError, LossShapeError.
     """
-    _refuse_bad_options(num_batches, microbatch_size, weight, weighting, seed)
+    refuse_bad_seed("seed", seed)
+    _refuse_bad_options(num_batches, microbatch_size, weight, weighting)
     known: Weighting | None = getattr(loss_fn, "weighting", None)
     with torch.inference_mode(False):  # what is copied will enter graphs
         module = unwrap(model)
@@ -117,6 +119,7 @@ def output_objective(
     ``of_samples`` its terms are known: a loss that does not know how it weighs its samples, by
     measurement.
     """
+    refuse_unknown_options(options, ObjectiveOptions.__optional_keys__)
     function = LossOfModel(forward_fn, loss_of_output(loss_of_output_fn))
     whole = objective_from_model(model, dataloader, function, of_samples=of_samples, **options)
     if of_samples:
@@ -146,20 +149,35 @@ def _refuse_changing_data(objective: Objective) -> None:
         )
 
 
+def refuse_unknown_options(options: Mapping[str, object], known: Collection[str]) -> None:
+    """Raise OptionError for a keyword that is not among ``known``."""
+    for name in options.keys() - known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
+        raise OptionError(f"unknown option {name!r}; did you mean one of {', '.join(close)}?")
+
+
+def refuse_bad_seed(name: str, seed: object) -> None:
+    """Raise OptionError unless ``seed`` is an integer of at least 0."""
+    _refuse_below(name, seed, 0)
+
+
+def _refuse_below(name: str, number: object, least: int) -> None:
+    if not (isinstance(number, int) and number >= least):
+        raise OptionError(
+            f"expected {name} to be an integer of at least {least}, got {number!r}; "
+            "pass such a number, or leave it out"
+        )
+
+
 def _refuse_bad_options(
     num_batches: int | None,
     microbatch_size: int | None,
     weight: object,
     weighting: str,
-    seed: int,
 ) -> None:
-    at_least = [("num_batches", num_batches, 1), ("microbatch_size", microbatch_size, 1)]
-    for name, number, least in [*at_least, ("seed", seed, 0)]:
-        if number is not None and not (isinstance(number, int) and number >= least):
-            raise OptionError(
-                f"expected {name} to be an integer of at least {least}, got {number!r}; "
-                "pass such a number, or leave it out"
-            )
+    for name, number in [("num_batches", num_batches), ("microbatch_size", microbatch_size)]:
+        if number is not None:
+            _refuse_below(name, number, 1)
     if weighting not in get_args(WeightingName):
         raise OptionError(
             f"unknown weighting {weighting!r}; choose one of {', '.join(get_args(WeightingName))}"

@@ -134,6 +134,11 @@ class LinearizationPlan:
 
     def __post_init__(self) -> None:
         ColumnChunks(self.column_chunk)
+        if self.memory_budget is not None and not isinstance(self.memory_budget, int):
+            raise OptionError(
+                f"expected memory_budget to be a number of bytes, got {self.memory_budget!r}; "
+                "pass 2 * 10**9, say"
+            )
         if self.policy not in get_args(Policy):
             raise OptionError(
                 f"unknown linearization {self.policy!r}; choose one of "

@@ -65,15 +65,16 @@ class Objective:
         ``of(model, batch)`` takes the place of the loss: the model's outputs, say.
         """
 
-        def loss(theta: Tensor) -> Tensor:
-            return self.value(self.layout.split(theta), batch)
+        def value(model: nn.Module, batch: Batch) -> Tensor:
+            return scalar(self.function(model, batch))
 
-        def other(theta: Tensor) -> Tensor:
-            assert of is not None
-            return of(self.model.place(self.layout.split(theta)), batch)
+        function = of or value
+
+        def f(theta: Tensor) -> Tensor:
+            return function(self.model.place(self.layout.split(theta)), batch)
 
         with self.model.borrowed(b), self.explained(b, batch):
-            yield loss if of is None else other
+            yield f
 
     @contextmanager
     def explained(self, b: int, batch: Batch) -> Iterator[None]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,45 +17,72 @@ from torchlinop.batches import (
     tensors,
     tree_map,
 )
-from torchlinop.errors import SampleMixingError
+from torchlinop.checkpointing import noticed_packing
+from torchlinop.errors import NonFiniteError, SampleMixingError
 from torchlinop.from_model import OutputObjective
+from torchlinop.losses.of_model import ForwardFn
 from torchlinop.objective import LossFn, Objective, scalar
 from torchlinop.weighting import Weighting, sample_weights
 
 log = logging.getLogger("torchlinop")
 
-Outputs = Callable[[nn.Module, Any], Tensor]
 
+def refuse_mixed_samples(objective: Objective, of: ForwardFn) -> None:
+    """Evaluate samples alone: their outputs must be those they have in their batch.
 
-def refuse_mixed_samples(objective: Objective, of: Outputs) -> None:
-    """Evaluate a sample of the first batch alone: its outputs must be those it has in the batch.
-
-    Costs two forward passes of the first batch.
+    Asked of the first and last sample of one batch, and of every sample of all batches if it has
+    several rows of outputs, whose number might differ. Costs three forward passes of a batch, or
+    a forward pass of every sample.
 
     Raises:
         SampleMixingError: batch statistics, or anything else, let samples depend on each other.
+        NonFiniteError: the outputs are NaN or infinite.
     """
     refuse_batch_statistics(objective)
     if objective.model.mode == "train":
         return  # a sample alone has another dropout mask
-    batch = next(iter(objective.data))[0]
-    samples = count_samples(batch) or 1
-    if samples == 1 or not can_be_cut(batch):
-        return
-    theta = objective.theta
-    with objective.evaluating(0, batch, of) as f, torch.no_grad():
-        together = f(theta)
-    try:
-        with objective.evaluating(0, take(batch, 0, 1), of) as f, torch.no_grad():
-            alone = f(theta)
-    except (ValueError, RuntimeError) as error:
-        raise SampleMixingError(_mixed(f"a sample alone cannot be evaluated ({error})")) from error
+    for b, (batch, _) in enumerate(objective.data):
+        samples = count_samples(batch) or 1
+        if samples == 1 or not can_be_cut(batch):
+            continue
+        if _probe(objective, of, b, batch, samples) == 1:
+            return
+
+
+def _probe(objective: Objective, of: ForwardFn, b: int, batch: Batch, samples: int) -> int:
+    """The rows of outputs of a sample, which are the same alone and in the batch."""
+    with objective.evaluating(b, batch, of) as f, torch.no_grad():
+        together = f(objective.theta)
+    if not torch.isfinite(together).all():
+        raise NonFiniteError(
+            f"the model's outputs on batch {b} hold NaN or infinity; clean the data, or the "
+            "parameters"
+        )
     rows = len(together) // samples if together.ndim else 0
-    if alone.shape == together[:rows].shape:
-        defect = (alone - together[:rows]).abs().max()
+    if rows == 0 or len(together) % samples:
+        shape = tuple(together.shape)
+        raise SampleMixingError(_mixed(f"{samples} samples have outputs of shape {shape}"))
+    for i in range(samples) if rows > 1 else (0, samples - 1):
+        try:
+            with objective.evaluating(b, take(batch, i, i + 1), of) as f, torch.no_grad():
+                alone = f(objective.theta)
+        except (ValueError, RuntimeError) as error:
+            raise SampleMixingError(
+                _mixed(f"a sample alone cannot be evaluated ({error})")
+            ) from error
+        within = together[rows * i : rows * (i + 1)]
+        if alone.shape != within.shape:
+            shapes = f"of shape {tuple(within.shape)} in its batch, {tuple(alone.shape)} alone"
+            raise SampleMixingError(_mixed(f"a sample has outputs {shapes}"))
         # Kernels for one row round otherwise; a dependence is seen at half the digits.
-        if not defect <= torch.finfo(alone.dtype).eps ** 0.5 * together.abs().max():
+        tolerance = torch.finfo(_coarser(alone.dtype, objective.layout.precision)).eps ** 0.5
+        if not (alone - within).abs().max() <= tolerance * together.abs().max():
             raise SampleMixingError(_mixed("a sample alone has other outputs than in its batch"))
+    return rows
+
+
+def _coarser(*dtypes: torch.dtype) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def refuse_batch_statistics(objective: Objective) -> None:
@@ -95,12 +120,12 @@ def refuse_unexplained_loss(objective: Objective, losses: LossesOfSamples) -> No
         raise SampleMixingError(_mixed(f"a sample alone cannot be evaluated ({error})")) from error
     weighted = losses.weights(alone, batch) * alone
     # Kernels for one sample round otherwise; a dependence is seen at half the digits.
-    tolerance = torch.finfo(objective.layout.precision).eps ** 0.5
+    tolerance = torch.finfo(_coarser(whole.dtype, objective.layout.precision)).eps ** 0.5
     if not (whole - weighted.sum()).abs() <= tolerance * (whole.abs() + weighted.abs().sum()):
         raise SampleMixingError(
             _mixed(
-                f"the loss of a batch is {float(whole):.6g}, the weighted sum of those of its "
-                f"samples {float(weighted.sum()):.6g}"
+                f"the loss of a batch is {float(whole):.6g}, the sum of those of its samples, "
+                f"weighted by their {losses.weighting.unit}, {float(weighted.sum()):.6g}"
             )
         )
 
@@ -108,7 +133,8 @@ def refuse_unexplained_loss(objective: Objective, losses: LossesOfSamples) -> No
 def _mixed(reason: str) -> str:
     return (
         f"expected samples that do not depend on each other, but {reason}, so that per-sample "
-        'gradients are not defined; use mode="eval", HessianOperator or GGNOperator'
+        "gradients are not defined; evaluate the model in eval mode, or use HessianOperator or "
+        "GGNOperator"
     )
 
 
@@ -116,7 +142,8 @@ def _mixed(reason: str) -> str:
 class LossesOfSamples:
     """``(model, batch) -> (N,)``: the loss of every sample that counts, as a batch of its own.
 
-    All in one vectorised pass where the model allows it, otherwise one after another.
+    All in one vectorised pass where the model allows it, otherwise one after another, as with
+    activation checkpointing, which would compute vectorised tensors again outside of that pass.
     """
 
     loss_fn: LossFn
@@ -125,10 +152,12 @@ class LossesOfSamples:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         batch = self._counted(batch)
         try:
-            return self._together(model, batch)
+            with noticed_packing() as packing:
+                losses = self._together(model, batch)
         except RuntimeError as error:
             log.info("samples are evaluated one by one: %s", str(error).splitlines()[0])
             return self._one_by_one(model, batch)
+        return self._one_by_one(model, batch) if packing else losses
 
     def weights(self, losses: Tensor, batch: Batch) -> Tensor:
         """ω_i (N,) in ``L(batch) = Σ_i ω_i L(sample i)``."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from torchlinop.batches import Batch, tensors
-from torchlinop.diagnosis import refuse_silent_gaps
+from torchlinop.checkpointing import noticed_packing, noticed_reentrance
+from torchlinop.diagnosis import refuse_reentrance, refuse_silent_gaps
 from torchlinop.errors import LossShapeError, UnusedParameterWarning, warn_caller
 from torchlinop.graphs import saved_bytes
 from torchlinop.objective import Objective
@@ -25,6 +24,7 @@ class Preflight:
     batch_bytes: int  # of these, for the first batch: about what one more column needs in a pass
     packs_tensors: bool  # whether saved tensors are packed away, as by activation checkpointing
     unused: tuple[str, ...]  # selected parameters that do not influence the loss
+    dtype: torch.dtype  # of the loss, or the outputs
 
     def notes(self, objective: Objective) -> list[str]:
         """Facts for people, a line each: parameters, modules, memory of the graphs."""
@@ -58,22 +58,22 @@ def preflight(
 
     ``of(model, batch)`` takes the place of the loss: the outputs whose Jacobian is wanted.
 
-    Costs one gradient; one per further batch only while some parameter is found unused.
+    Costs one gradient; one per further batch only while some parameter is found unused. With
+    ``of``, a forward pass more, for the loss of the outputs.
 
     Raises:
         LossShapeError: the loss is no scalar, or has no graph.
         ParameterError: the loss uses parameters that are not those of the model it is given.
         DoubleBackwardError: the graph has a gap that autograd would pass over silently.
     """
-    facts: list[tuple[int, bool]] = []
+    facts: list[_Facts] = []
     unused: set[str] = set(objective.layout.names)
 
     def examine(b: int, batch: Batch) -> Tensor:
         nonlocal unused
         if unused:
-            saved, packed, without = _gradient_facts(objective, b, batch, second_order, of)
-            facts.append((saved, packed))
-            unused &= without
+            facts.append(_gradient_facts(objective, b, batch, second_order, of))
+            unused &= facts[-1].without
         return torch.zeros(())
 
     objective.mean(examine)
@@ -85,8 +85,24 @@ def preflight(
         )
     if unused:
         _warn_unused(objective, unused)
-    saved, packed = max(saved for saved, _ in facts), any(packed for _, packed in facts)
-    return Preflight(saved * objective.data.batches, saved, packed, tuple(sorted(unused)))
+    saved = max(fact.saved for fact in facts)
+    return Preflight(
+        saved * objective.data.batches,
+        saved,
+        any(fact.packed for fact in facts),
+        tuple(sorted(unused)),
+        facts[0].dtype,
+    )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of one batch."""
+
+    saved: int  # bytes
+    packed: bool
+    without: set[str]  # parameters without influence
+    dtype: torch.dtype
 
 
 def _gradient_facts(
@@ -95,8 +111,7 @@ def _gradient_facts(
     batch: Batch,
     second_order: bool,
     of: Callable[[nn.Module, Batch], Tensor] | None,
-) -> tuple[int, bool, set[str]]:
-    """Bytes saved, whether they are packed away, and the parameters without influence."""
+) -> _Facts:
     module, layout = objective.model.module, objective.layout
     own: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
     split = layout.split(objective.theta)
@@ -104,15 +119,17 @@ def _gradient_facts(
     named = {name: leaves[slot.name] for slot in layout.slots for name in slot.names}
     besides = [*leaves.values(), *tensors(batch), *own]
     with objective.evaluating(b, batch):
-        with _noticed_packing() as packing:
+        with noticed_packing() as packing, noticed_reentrance() as reentrant:
             if of is None:
                 values = objective.value(named, batch)
             else:
                 values = of(objective.model.place(named), batch)
                 with torch.no_grad():  # whether the loss takes these outputs
                     objective.value(named, batch)
+        if reentrant:
+            refuse_reentrance()
         if not values.requires_grad:
-            return 0, bool(packing), set(leaves)
+            return _Facts(0, bool(packing), set(leaves), values.dtype)
         refuse_silent_gaps(values, own, twice=second_order)
         gradients = torch.autograd.grad(
             values,
@@ -124,24 +141,7 @@ def _gradient_facts(
     # Reading what is packed would unpack it: by computing it again, for a checkpoint.
     saved = 0 if packing else saved_bytes([g for g in gradients if g is not None], besides)
     without = {name for name, g in zip(leaves, gradients, strict=True) if g is None}
-    return saved, bool(packing), without
-
-
-@contextmanager
-def _noticed_packing() -> Iterator[list[object]]:
-    """Fills the list when hooks on saved tensors are entered: checkpointing is made of them."""
-    noticed: list[object] = []
-    enter = saved_tensors_hooks.__enter__
-
-    def noticing(self: saved_tensors_hooks) -> None:
-        noticed.append(self)
-        return enter(self)
-
-    saved_tensors_hooks.__enter__ = noticing  # type: ignore[method-assign]
-    try:
-        yield noticed
-    finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+    return _Facts(saved, bool(packing), without, values.dtype)
 
 
 def _warn_unused(objective: Objective, unused: set[str]) -> None:

@@ -110,12 +110,23 @@ def sample_weights(weighting: Weighting, batch: Batch) -> Tensor:
     return counts / counts.sum() if weighting.mean else torch.ones_like(counts)
 
 
+def weighed_alike(a: Batch, b: Batch) -> bool:
+    """Whether all rules give the samples of both batches the same weight on average."""
+
+    def counts(batch: Batch) -> list[float]:
+        return [rule.count(batch) / max(1, count_samples(batch) or 1) for rule in RULES]
+
+    pairs = zip(counts(a), counts(b), strict=True)
+    return all(math.isclose(x, y) or (math.isnan(x) and math.isnan(y)) for x, y in pairs)
+
+
 def _of_samples(weighting: Weighting, batch: Batch) -> Tensor:
     """What every sample counts: (N,) in float64."""
     marks = weighting.marks(batch) if weighting.marks else None
     if marks is None or len(marks) != count_samples(batch):
         return torch.tensor([weighting.count(s) for s in split(batch, 1)], dtype=torch.float64)
-    return marks.reshape(len(marks), -1).sum(1, dtype=torch.float64).cpu()
+    per_sample = marks.flatten(1).sum(1, dtype=torch.float64) if marks.ndim > 1 else marks.double()
+    return per_sample.cpu()
 
 
 def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = False) -> Weighting:

@@ -40,8 +40,9 @@ def as_linear_operator(
     writable memory. bfloat16 and float16 operators declare float32.
 
     Args:
-        operator: any operator, square and symmetric or rectangular; scale and shift it *before* wrapping it (``2.0 * operator``). A
-            multiple of the adapter, as ``2.0 * A``, is a new one with a count of its own.
+        operator: any operator, symmetric or rectangular; scale and shift it *before* wrapping it
+            (``2.0 * operator``). A multiple of the adapter, as ``2.0 * A``, is a new one with a
+            count of its own.
         max_matvecs: a budget; the product beyond it raises ProductBudgetError.
         progress: show a bar that counts products, on a terminal.
 
@@ -61,6 +62,7 @@ class SciPyOperator(LinearOperator):
         operator: AnyOperator,
         max_matvecs: int | None = None,
         progress: bool = False,
+        count: ProductCount | None = None,
     ) -> None:
         super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
         self.args = ()  # documented by SciPy
@@ -68,7 +70,7 @@ class SciPyOperator(LinearOperator):
         self._adjoint_operator: AnyOperator = (
             operator.T if isinstance(operator, RectangularOperator) else operator
         )
-        self._count = ProductCount(max_matvecs)
+        self._count = ProductCount(max_matvecs) if count is None else count
         self._options = (max_matvecs, progress)
         # disable=None: silent where the output is not a terminal.
         self._bar = tqdm(total=max_matvecs, unit="matvec", disable=None if progress else True)
@@ -139,7 +141,7 @@ class SciPyOperator(LinearOperator):
     def _adjoint(self) -> SciPyOperator:
         if self._adjoint_operator is self.operator:
             return self
-        return SciPyOperator(self._adjoint_operator, *self._options)
+        return SciPyOperator(self._adjoint_operator, *self._options, count=self._count)
 
     def _transpose(self) -> Any:
         transpose = super()._transpose  # type: ignore[misc]  # the stubs leave it out

@@ -9,10 +9,10 @@ from typing import Any, Protocol, Unpack
 import torch
 from torch import Tensor, nn
 
-from torchlinop.batches import Batch
+from torchlinop.batches import Batch, count_samples
 from torchlinop.from_model import ObjectiveOptions, objective_from_model, output_objective
 from torchlinop.losses.base import LossOfOutput, OutputMap
-from torchlinop.losses.of_model import LossOfModel
+from torchlinop.losses.of_model import ForwardFn, LossOfModel
 from torchlinop.losses.recognition import loss_of_output
 from torchlinop.objective import Objective, scalar
 from torchlinop.operators.base import LinearCombination
@@ -27,10 +27,8 @@ from torchlinop.per_sample import (
 )
 from torchlinop.weighting import Weighting, sample_weights
 
-Outputs = Callable[[nn.Module, Any], Tensor]
 
-
-class Terms(Protocol):
+class TermMetric(Protocol):
     """``M = Σ_n ω_n g_n g_nᵀ`` on outputs, and ``Σ_n ω_n``."""
 
     def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap: ...
@@ -55,7 +53,8 @@ class EmpiricalFisherOperator(ObjectiveOperator):
             how the data are cut.
         **options: see ``ProductOptions``.
 
-    Costs as much as ``GGNOperator``; the matrix of all gradients is never formed. With a scalar
+    Costs as much as ``GGNOperator``, and some forward passes of the first batch more to build, to
+    see that samples are independent; the matrix of all gradients is never formed. With a scalar
     ``loss_fn``, samples go through the model in one vectorised pass, or one by one where an
     operation cannot be vectorised.
 
@@ -70,7 +69,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         self,
         model: nn.Module,
         dataloader: Iterable[Batch],
-        loss_fn: Outputs,
+        loss_fn: ForwardFn,
         loss_of_output_fn: Any = None,
         *,
         per_sample: bool = True,
@@ -97,13 +96,13 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         return float(self.objective.mean(term))
 
 
-Pieces = tuple[Objective, Outputs, Terms]
+Pieces = tuple[Objective, ForwardFn, TermMetric]
 
 
 def _of_terms(
     model: nn.Module,
     dataloader: Iterable[Batch],
-    forward: Outputs,
+    forward: ForwardFn,
     loss_of_output_fn: Any,
     options: ObjectiveOptions,
 ) -> Pieces:
@@ -117,26 +116,31 @@ def _of_terms(
 
 
 def _of_samples(
-    model: nn.Module, dataloader: Iterable[Batch], loss_fn: Outputs, options: ObjectiveOptions
+    model: nn.Module, dataloader: Iterable[Batch], loss_fn: ForwardFn, options: ObjectiveOptions
 ) -> Pieces:
     """Losses of samples: those that ``loss_fn`` returns, or that of every sample alone."""
     mean = MeanOfLosses(loss_fn)
     objective = objective_from_model(model, dataloader, mean, of_samples=True, **options)
     batch = next(iter(objective.data))[0]
     with objective.evaluating(0, batch, loss_fn) as f, torch.no_grad():
-        gives_terms = f(objective.theta).ndim == 1
-    if gives_terms:
+        losses = f(objective.theta)
+    if gives_terms(losses, batch):
         refuse_mixed_samples(objective, loss_fn)
         return objective, loss_fn, Losses(mean.weights)
-    losses = LossesOfSamples(loss_fn, objective.data.weighting)
-    refuse_unexplained_loss(objective, losses)
-    return objective, losses, Losses(losses.weights)
+    samples = LossesOfSamples(loss_fn, objective.data.weighting)
+    refuse_unexplained_loss(objective, samples)
+    return objective, samples, Losses(samples.weights)
+
+
+def gives_terms(loss: Tensor, batch: Batch) -> bool:
+    """Whether a loss is the losses of terms, and no scalar, which may have the shape (1,)."""
+    return loss.ndim == 1 and (loss.numel() > 1 or count_samples(batch) == 1)
 
 
 def _of_batches(
     model: nn.Module,
     dataloader: Iterable[Batch],
-    loss_fn: Outputs,
+    loss_fn: ForwardFn,
     loss_of_output_fn: Any,
     options: ObjectiveOptions,
 ) -> Pieces:
@@ -144,7 +148,9 @@ def _of_batches(
     if loss_of_output_fn is not None:
         loss_fn = LossOfModel(loss_fn, loss_of_output(loss_of_output_fn))
     mean = MeanOfLosses(loss_fn)
-    return objective_from_model(model, dataloader, mean, **options), mean, Losses(_ones)
+    objective = objective_from_model(model, dataloader, mean, **options)
+    objective.data.refuse_reordering()
+    return objective, mean, Losses(_ones)
 
 
 def _ones(losses: Tensor, batch: Batch) -> Tensor:
@@ -155,7 +161,7 @@ def _ones(losses: Tensor, batch: Batch) -> Tensor:
 class MeanOfLosses:
     """``loss_fn``, or the mean of the losses (N,) that it returns."""
 
-    loss_fn: Outputs
+    loss_fn: ForwardFn
 
     @property
     def weighting(self) -> Weighting | None:
@@ -164,7 +170,7 @@ class MeanOfLosses:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         loss = self.loss_fn(model, batch)
-        if isinstance(loss, Tensor) and loss.ndim == 1:
+        if isinstance(loss, Tensor) and gives_terms(loss, batch):
             return (self.weights(loss, batch) * loss).sum()
         return scalar(loss)
 
@@ -216,7 +222,7 @@ class GradientCovarianceOperator(LinearCombination):
         self,
         model: nn.Module,
         dataloader: Iterable[Batch],
-        loss_fn: Outputs,
+        loss_fn: ForwardFn,
         loss_of_output_fn: Any = None,
         *,
         per_sample: bool = True,
@@ -228,3 +234,5 @@ class GradientCovarianceOperator(LinearCombination):
         g = second_moment.gradient()
         outer = OuterProductOperator(g, second_moment.layout)
         super().__init__([(1.0, second_moment), (-1 / second_moment.total_weight(), outer)])
+        self.description = second_moment.description
+        self.notes = second_moment.notes

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch, count_samples
 from torchlinop.counter_random import uniform
-from torchlinop.errors import OptionError
-from torchlinop.from_model import output_objective
+from torchlinop.errors import OptionError, SampleMixingError
+from torchlinop.from_model import output_objective, refuse_bad_seed
 from torchlinop.losses.base import LossOfOutput, OutputMap, Terms
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.operators.gauss_newton import GaussNewtonProducts, Metric
@@ -64,6 +64,7 @@ class FisherOperator(ObjectiveOperator):
                 f"expected mc_samples to be an integer of at least 1, got {mc_samples!r}; "
                 "leave it out for the exact expectation"
             )
+        refuse_bad_seed("sampling_seed", sampling_seed)
         plan, rest = planned(options)
         objective = output_objective(model, dataloader, forward_fn, loss_of_output_fn, **rest)
         loss, outputs = objective.function.loss, objective.function.outputs
@@ -71,6 +72,7 @@ class FisherOperator(ObjectiveOperator):
         metric: Metric = Expectation(loss)
         if mc_samples is not None:
             refuse_mixed_samples(objective, outputs)
+            objective.data.refuse_reordering()
             metric = MonteCarlo(loss, mc_samples, sampling_seed, objective.data.starts)
         super().__init__(objective, GaussNewtonProducts(plan.derivative, outputs, metric), plan)
 
@@ -99,7 +101,13 @@ class MonteCarlo:
 
         def numbers(stream: int, shape: torch.Size) -> Tensor:
             # Outputs with several rows a sample, tokens say, are numbered within their sample.
-            rows = shape[0] // (count_samples(batch) or shape[0])
+            rows = max(1, shape[0] // max(1, count_samples(batch) or 1))
+            if shape[0] % rows:
+                raise SampleMixingError(
+                    f"expected as many rows of outputs for every sample, got {shape[0]} for "
+                    f"{count_samples(batch)} samples, whose draws cannot be told apart; return "
+                    "outputs with a sample axis, and mask by the targets"
+                )
             grouped = torch.Size((shape[0] // rows, rows, *shape[1:]))
             drawn = uniform(grouped, self.seed, stream, self.starts[b], outputs.device)
             return drawn.reshape(shape)

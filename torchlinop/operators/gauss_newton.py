@@ -18,6 +18,8 @@ from torchlinop.losses.of_model import ForwardFn
 from torchlinop.losses.recognition import loss_of_output
 from torchlinop.operators.of_objective import ObjectiveOperator, ProductOptions, planned
 
+LossHvp = Literal["analytical", "autograd"]
+
 # (outputs, batch, number of the batch) -> u ↦ M u
 Metric = Callable[[Tensor, Batch, int], OutputMap]
 
@@ -96,7 +98,7 @@ class GGNOperator(ObjectiveOperator):
         forward_fn: ForwardFn,
         loss_of_output_fn: Any,
         *,
-        loss_hvp: Literal["analytical", "autograd"] = "analytical",
+        loss_hvp: LossHvp = "analytical",
         **options: Unpack[ProductOptions],
     ) -> None:
         loss = _with_products(loss_of_output(loss_of_output_fn), loss_hvp)
@@ -104,9 +106,6 @@ class GGNOperator(ObjectiveOperator):
         objective = output_objective(model, dataloader, forward_fn, loss, **rest)
         work = GaussNewtonProducts(plan.derivative, objective.function.outputs, LossHessian(loss))
         super().__init__(objective, work, plan)
-
-
-LossHvp = Literal["analytical", "autograd"]
 
 
 def _with_products(loss: LossOfOutput, loss_hvp: LossHvp) -> LossOfOutput:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
+import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
-from torchlinop.from_model import ObjectiveOptions, objective_from_model
+from torchlinop.finiteness import refuse_non_finite
+from torchlinop.from_model import (
+    ObjectiveOptions,
+    objective_from_model,
+    refuse_unknown_options,
+)
 from torchlinop.objective import LossFn
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.parameters import ParameterLayout
+from torchlinop.preflight import preflight
 from torchlinop.space import VectorSpace
 
 
@@ -35,7 +42,7 @@ class GradientOuterOperator(OuterProductOperator):
 
     Args: as for ``HessianOperator``.
 
-    Costs one gradient to build; products do not go through the model.
+    Costs two gradients to build; products do not go through the model.
     """
 
     def __init__(
@@ -45,5 +52,10 @@ class GradientOuterOperator(OuterProductOperator):
         loss_fn: LossFn,
         **options: Unpack[ObjectiveOptions],
     ) -> None:
+        refuse_unknown_options(options, ObjectiveOptions.__optional_keys__)
         objective = objective_from_model(model, dataloader, loss_fn, **options)
-        super().__init__(objective.gradient(), objective.layout, objective.description)
+        preflight(objective, second_order=False)
+        g = objective.gradient()
+        if not torch.isfinite(g).all():
+            refuse_non_finite(objective, g)
+        super().__init__(g, objective.layout, objective.description)

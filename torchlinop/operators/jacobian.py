@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.derivatives import Derivative, Function, Linearized
+from torchlinop.errors import NonFiniteError
 from torchlinop.from_model import objective_from_model
 from torchlinop.losses.of_model import ForwardFn, outputs_of
 from torchlinop.operators.of_objective import (
@@ -75,10 +76,11 @@ class JacobianOperator(RectangularOperator):
         plan, rest = planned(options)
         outputs = _Outputs(forward_fn)
         # Every output is a row, whatever the batches count.
-        rest["weighting"] = "batch-mean"
+        rest["weighting"], rest["weight"] = "batch-mean", None
         objective = objective_from_model(model, dataloader, _Sum(outputs), **rest)
-        refuse_coarse_differences(plan.derivative, objective)
+        objective.data.refuse_reordering()
         facts = preflight(objective, plan.derivative.exact, outputs)
+        refuse_coarse_differences(plan.derivative, objective, facts)
         self.objective = objective
         self._of = outputs
         self._at = plan.carry_out(objective, facts, _Linearization(plan.derivative, outputs))
@@ -97,7 +99,13 @@ class JacobianOperator(RectangularOperator):
 
     def _count(self, b: int, batch: Batch) -> int:
         with self.objective.evaluating(b, batch, self._of) as f, torch.no_grad():
-            return f(self.objective.theta).numel()
+            outputs = f(self.objective.theta)
+        if not torch.isfinite(outputs).all():
+            raise NonFiniteError(
+                f"the model's outputs on batch {b} hold NaN or infinity; clean the data, or the "
+                "parameters"
+            )
+        return outputs.numel()
 
     def _matmat(self, V: Tensor) -> Tensor:
         parts = []

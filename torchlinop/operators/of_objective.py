@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,11 +17,11 @@ from torchlinop.derivatives import (
 )
 from torchlinop.errors import OptionError
 from torchlinop.finiteness import refuse_non_finite
-from torchlinop.from_model import ObjectiveOptions
+from torchlinop.from_model import ObjectiveOptions, refuse_unknown_options
 from torchlinop.linearization import LinearizationPlan, Policy, Work, mean_product
 from torchlinop.objective import Objective
 from torchlinop.operators.base import CurvatureOperator
-from torchlinop.preflight import preflight
+from torchlinop.preflight import Preflight, preflight
 
 Method = Literal["autograd", "forward_over_reverse", "finite_difference"]
 
@@ -51,8 +50,8 @@ class ObjectiveOperator(CurvatureOperator):
     def __init__(
         self, objective: Objective, work: Work[LinearMap], plan: LinearizationPlan
     ) -> None:
-        refuse_coarse_differences(plan.derivative, objective)
         facts = preflight(objective, plan.derivative.exact, work.of)
+        refuse_coarse_differences(plan.derivative, objective, facts)
         self.objective = objective
         self._maps = plan.carry_out(objective, facts, work)
         self._proven_finite = False
@@ -92,10 +91,7 @@ def planned(options: ProductOptions) -> tuple[LinearizationPlan, ObjectiveOption
     Raises:
         OptionError: an option has a value that is not among its choices.
     """
-    known = ProductOptions.__optional_keys__
-    for name in options.keys() - known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
-        raise OptionError(f"unknown option {name!r}; did you mean one of {', '.join(close)}?")
+    refuse_unknown_options(options, ProductOptions.__optional_keys__)
     method = options.pop("method", "autograd")
     plan = LinearizationPlan(
         derivative_of(method, options.pop("fd_eps", None)),
@@ -134,8 +130,16 @@ def derivative_of(method: Method | Derivative, fd_eps: float | None) -> Derivati
     return _METHODS[method](fd_eps)
 
 
-def refuse_coarse_differences(derivative: Derivative, objective: Objective) -> None:
-    """Raise OptionError where parameters are so coarse that the step is rounded away."""
+def refuse_coarse_differences(
+    derivative: Derivative, objective: Objective, facts: Preflight
+) -> None:
+    """Raise OptionError where a step, or the difference it makes, is rounded away."""
+    if facts.dtype != objective.space.dtype and not derivative.exact:
+        raise OptionError(
+            f"finite differences need a model that computes in {objective.space.dtype}, the dtype "
+            f"of the vectors, got values in {facts.dtype}; "
+            'use method="autograd", or bring model and loss to one dtype'
+        )
     coarsest = objective.layout.precision
     if coarsest != objective.space.dtype and not derivative.exact:
         raise OptionError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchlinop.errors import VectorError
+from torchlinop.errors import OptionError, VectorError
 from torchlinop.space import VectorSpace
 
 BlockMap = Callable[[Tensor], Tensor]
@@ -70,6 +70,8 @@ def _refuse_other_libraries(v: object) -> None:
 
 def dense(multiply: BlockMap, space: VectorSpace, rows: int, chunk: int) -> Tensor:
     """All columns of a map of this space, (rows, n), ``chunk`` unit vectors at a time."""
+    if chunk < 1:
+        raise OptionError(f"expected chunk to be at least 1, got {chunk}; leave it out")
     columns = torch.empty(rows, space.size, dtype=space.dtype, device=space.device)
     for start in range(0, space.size, chunk):
         stop = min(start + chunk, space.size)

@@ -79,6 +79,14 @@ class RectangularOperator(ABC):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> RectangularOperator:
+        if not isinstance(divisor, numbers.Real):
+            return NotImplemented
+        return self * (1 / float(divisor))
+
+    def __neg__(self) -> RectangularOperator:
+        return self * -1.0
+
     def to_dense(self, chunk: int = 256) -> Tensor:
         """The matrix itself, (m, n), by products with A or Aᵀ, whichever has fewer columns."""
         m, n = self.shape
