@@ -100,7 +100,7 @@ def test_the_estimate_of_kept_bytes_covers_what_the_graph_must_save():
         ),
         ({"fd_eps": 0.1}, "fd_eps is the positive step length of method='finite_difference'"),
         ({"method": "finite_difference", "fd_eps": -1.0}, "fd_eps is the positive step length"),
-        ({"column_chunk": 0}, "expected column_chunk to be at least 1, got 0"),
+        ({"column_chunk": 0}, "expected column_chunk to be an integer of at least 1, got 0"),
         ({"microbatch_size": 0}, "expected microbatch_size to be an integer of at least 1, got 0"),
         ({"num_batches": -2}, "expected num_batches to be an integer of at least 1, got -2"),
         ({"num_batches": 2.5}, "expected num_batches to be an integer of at least 1, got 2.5"),

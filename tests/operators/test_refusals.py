@@ -98,7 +98,7 @@ def test_a_loss_of_outputs_that_is_no_scalar_is_refused_before_any_product(opera
 def test_an_unknown_option_is_named_with_its_neighbours(operator):
     parts = {HessianOperator: [contrastive], JacobianOperator: [forward]}
     arguments = parts.get(operator, [forward, nn.CrossEntropyLoss()])
-    with pytest.raises(OptionError, match=r"unknown option 'colum_chunk'; did you mean .*column_ch"):
+    with pytest.raises(OptionError, match=r"unknown option 'colum_chunk'; did you mean .*column_"):
         operator(mlp(), [batch()], *arguments, colum_chunk=3)
 
 
@@ -252,8 +252,8 @@ def test_a_refusal_leaves_the_model_as_it_was(operator):
     with pytest.raises((SampleMixingError, OptionError)):
         operator(model, [batch()], forward, nn.HuberLoss(), mode="neither")
     assert model.training
-    for (name, now), then in zip(model.state_dict().items(), before.state_dict().values()):
-        assert torch.equal(now, then), name
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -415,7 +415,7 @@ def test_finite_differences_of_coarser_outputs_are_refused():
 def test_finite_differences_of_coarser_parameters_are_refused():
     model = nn.Sequential(nn.Linear(6, 3).bfloat16())
     x, y = batch()
-    with pytest.raises(OptionError, match=r"which rounds the step away|got values in torch\.bfloat"):
+    with pytest.raises(OptionError, match="which rounds the step away"):
         HessianOperator(model, [(x.bfloat16(), y)], mean_cross_entropy, method="finite_difference")
 
 

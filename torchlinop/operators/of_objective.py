@@ -134,16 +134,16 @@ def refuse_coarse_differences(
     derivative: Derivative, objective: Objective, facts: Preflight
 ) -> None:
     """Raise OptionError where a step, or the difference it makes, is rounded away."""
-    if facts.dtype != objective.space.dtype and not derivative.exact:
-        raise OptionError(
-            f"finite differences need a model that computes in {objective.space.dtype}, the dtype "
-            f"of the vectors, got values in {facts.dtype}; "
-            'use method="autograd", or bring model and loss to one dtype'
-        )
     coarsest = objective.layout.precision
     if coarsest != objective.space.dtype and not derivative.exact:
         raise OptionError(
             f"finite differences need all parameters in {objective.space.dtype}, the dtype of the "
             f"vectors, got some in {coarsest}, which rounds the step away; "
             'use method="autograd", or model.float() before the operator is built'
+        )
+    if facts.dtype != objective.space.dtype and not derivative.exact:
+        raise OptionError(
+            f"finite differences need a model that computes in {objective.space.dtype}, the dtype "
+            f"of the vectors, got values in {facts.dtype}; "
+            'use method="autograd", or bring model and loss to one dtype'
         )
