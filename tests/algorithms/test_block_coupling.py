@@ -133,6 +133,22 @@ def test_squares_of_error_and_cosine_add_up_to_one_for_a_symmetric_matrix(distri
     assert c.nonlinear == ()
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_the_scale_of_a_matrix_changes_no_coupling(scale):
+    M = symmetric()
+    c, scaled = (block_coupling(named(MatrixOperator(m))) for m in (M, scale * M))
+    for name in ("relative_error", "relative_error_stderr", "cosine", "cosine_stderr"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(c, name), rtol=1e-12, atol=0)
+
+
+def test_blocks_of_other_scales_have_couplings_of_their_own():
+    M = torch.block_diag(symmetric(5), 1e-200 * symmetric(35))
+    c = block_coupling(named(MatrixOperator(M)), num_probes=500)
+    error, cosine = row_blocks(torch.block_diag(symmetric(5), symmetric(35)))
+    assert z_scores(c.relative_error, error, c.relative_error_stderr) < 4
+    assert z_scores(c.cosine, cosine, c.cosine_stderr) < 4
+
+
 def noisy(M):
     """Products with noise as large as they are themselves, another one every time."""
     generator = torch.Generator().manual_seed(0)

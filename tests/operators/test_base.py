@@ -158,6 +158,25 @@ def test_what_does_not_fit_is_refused_naming_both_sides(operation, message):
         operation()
 
 
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda: A.restrict([0, 1]), r"tensor of indices, got \[0, 1\]; pass match_names"),
+        (lambda: A.restrict("0.weight"), "expected a filter of parameters.*got '0.weight'"),
+        (lambda: A.shift("a"), "expected sigma to be a finite real number, got 'a'"),
+        (lambda: A.shift(1j), "expected sigma to be a finite real number, got 1j"),
+        (lambda: A.shift(float("nan")), "expected sigma to be a finite real number, got nan"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(operation, message):
+    with pytest.raises(OptionError, match=message):
+        operation()
+
+
+def test_a_tensor_of_one_entry_shifts_as_its_number():
+    assert torch.equal(A.shift(torch.tensor(2.0)).to_dense(), A.shift(2).to_dense())
+
+
 def test_filters_need_named_parameters():
     with pytest.raises(NoParametersError, match="MatrixOperator has no named parameters to filter"):
         A.restrict(match_names("*"))
@@ -207,7 +226,21 @@ def test_repr_is_one_line_with_facts():
         "batches, mean over samples | eval mode | autograd, kept>"
     )
     assert repr(2 * H) == "<LinearCombination 53x53 float64 cpu | 2 HessianOperator>"
-    assert repr(H.shift(3)) == "<LinearCombination 53x53 float64 cpu | 1 HessianOperator + 3 I>"
+    assert repr(H.shift(3)) == "<LinearCombination 53x53 float64 cpu | HessianOperator + 3 I>"
+
+
+@pytest.mark.parametrize(
+    ("operator", "written"),
+    [
+        (A - B, "MatrixOperator - MatrixOperator"),
+        (-A, "-MatrixOperator"),
+        (-2 * A, "-2 MatrixOperator"),
+        (A.shift(-0.5), "MatrixOperator - 0.5 I"),
+        (A.shift(0), "MatrixOperator"),
+    ],
+)
+def test_a_linear_combination_is_written_with_its_signs(operator, written):
+    assert repr(operator) == f"<LinearCombination 6x6 float64 cpu | {written}>"
 
 
 def wrong(kind):

@@ -10,6 +10,7 @@ from torchlinop import CountingOperator, HessianOperator, MatrixOperator, match_
 from torchlinop.errors import NoParametersError, OptionError, VectorError
 from torchlinop.operators import blocks as blocks_module
 from torchlinop.operators.blocks import BlockDiagonalOperator
+from torchlinop.parameters import ParameterLayout
 from torchlinop.testing import gallery
 
 
@@ -132,6 +133,9 @@ def test_block_diagonal_operators_survive_pickling():
     torch.testing.assert_close(pickle.loads(pickle.dumps(D)) @ v, D @ v)
 
 
+LAYOUT = ParameterLayout.of(nn.Linear(3, 2))  # of 8 entries
+
+
 def two(first, second):
     return BlockDiagonalOperator(7, [(first, MatrixOperator(A)), (second, MatrixOperator(B))])
 
@@ -142,7 +146,11 @@ def two(first, second):
         (lambda: two(slice(0, 2), slice(1, 4)), "block 1 has a row twice, or one of an earlier"),
         (lambda: two(torch.tensor([3, 3]), slice(4, 7)), "block 0 has a row twice"),
         (lambda: two(slice(0, 3), slice(3, 6)), "expected 2 rows for block 0.*got 3 of 7"),
-        (lambda: two(slice(0, 2), slice(5, 8)), "expected 3 rows for block 1.*got 2 of 7"),
+        (
+            lambda: two(slice(0, 2), slice(5, 8)),
+            "expected 3 rows for block 1.*got 2 of 7; pass as many as the operator has",
+        ),
+        (lambda: two([0, 1], slice(2, 5)), r"block 0, got a list; pass torch.tensor\(rows\)"),
         (
             lambda: two(torch.tensor([0, 7]), slice(1, 4)),
             r"expected int64 indices \(m,\) from 0 to 6 for block 0",
@@ -152,7 +160,11 @@ def two(first, second):
             lambda: BlockDiagonalOperator(
                 5, [(slice(2), MatrixOperator(A)), (slice(2, 5), MatrixOperator(B.float()))]
             ),
-            "expected blocks of torch.float64 on cpu, got torch.float32 on cpu in block 1",
+            "torch.float64 on cpu, got torch.float32 on cpu in block 1; build all blocks alike",
+        ),
+        (
+            lambda: BlockDiagonalOperator(4, [(slice(2), MatrixOperator(A))], layout=LAYOUT),
+            "expected a layout of 4 entries, got one of 8; pass",
         ),
         (lambda: BlockDiagonalOperator(5, []), "expected at least one block, got none"),
     ],

@@ -50,6 +50,7 @@ def test_the_inverse_is_that_of_the_damped_matrix(damping):
 def test_the_inverse_keeps_the_names():
     layout = ParameterLayout.of(nn.Linear(3, 1).double())
     inverse = DiagonalOperator(D, layout=layout).inverse(1.0)
+    assert "inverse of DiagonalOperator + 1 I" in repr(inverse)
     assert inverse.restrict(match_names("bias")).to_dense().item() == 1 / 8
 
 
@@ -67,7 +68,26 @@ def test_trace_and_logdet_are_those_of_the_dense_matrix(d):
     [
         (lambda: DiagonalOperator(D.diag()), VectorError, r"entries \(n,\), got torch.float64"),
         (lambda: DiagonalOperator(D.long()), VectorError, "real floating-point entries"),
-        (lambda: DiagonalOperator(D).inverse(-2.0), OptionError, "got -2.0 with 1 of 4 entries"),
+        (
+            lambda: DiagonalOperator(D).inverse(-2.0),
+            OptionError,
+            "makes the matrix invertible in torch.float64, got -2, which leaves an eigenvalue of 0",
+        ),
+        (
+            lambda: DiagonalOperator(torch.tensor([0.0, 2.0])).inverse(1e-40),
+            OptionError,
+            "invertible in torch.float32, got 1e-40, which leaves an eigenvalue of 1e-40",
+        ),
+        (
+            lambda: DiagonalOperator(D).inverse(float("nan")),
+            OptionError,
+            "expected damping to be a finite real number, got nan",
+        ),
+        (
+            lambda: DiagonalOperator(D, layout=ParameterLayout.of(nn.Linear(3, 2))),
+            VectorError,
+            "expected a layout of 4 entries, got one of 8; pass",
+        ),
     ],
 )
 def test_what_is_no_invertible_diagonal_is_refused(operation, error, message):
@@ -203,6 +223,27 @@ def test_samples_that_depend_on_each_other_have_no_ggn_diagonal_by_samples():
     q = gallery.cnn()
     with pytest.raises(SampleMixingError, match="BatchNorm 1 uses the batch in train mode"):
         ggn_diagonal(q.model, q.batches, q.forward_fn, q.criterion, mode="train")
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.01, training=self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), Noisy()])
+def test_a_model_that_drops_has_no_ggn_diagonal_by_samples(layer):
+    p = gallery.mlp()
+    data = (nn.Sequential(p.model, layer).double(), p.batches, p.forward_fn, p.criterion)
+    with pytest.raises(OptionError, match=r'draws random numbers.*pass mode="eval"'):
+        ggn_diagonal(*data, mode="train")
+    data[0].eval()
+    assert relative(ggn_diagonal(*data).diagonal, oracle("cross-entropy")) < 1e-12
+
+
+def test_in_train_mode_a_model_without_noise_has_the_same_ggn_diagonal():
+    p = gallery.mlp()
+    d = ggn_diagonal(p.model, p.batches, p.forward_fn, p.criterion, mode="train")
+    assert relative(d.diagonal, oracle("cross-entropy")) < 1e-12
 
 
 def contrastive(outputs, batch):

@@ -42,6 +42,12 @@ def operator(dtype=torch.float64):
     return KroneckerOperator(VectorSpace(22, dtype, torch.device("cpu")), blocks)
 
 
+def one_block(block):
+    eigenvalues = block.eigenvalues
+    space = VectorSpace(eigenvalues.numel(), eigenvalues.dtype, eigenvalues.device)
+    return KroneckerOperator(space, [block])
+
+
 def assembled(first, second, diagonal):
     K = torch.zeros(22, 22, dtype=torch.float64)
     K[:12, :12] = first
@@ -120,7 +126,7 @@ def test_the_pi_split_damps_both_factors_and_whole_blocks_exactly():
 def test_a_zero_factor_is_damped_exactly_by_the_pi_split():
     zero = torch.zeros(2, 2, dtype=torch.float64)
     block = product(slice(0, 6), [(zero, positive(3, 0))])
-    K = KroneckerOperator(VectorSpace(6, torch.float64, torch.device("cpu")), [block])
+    K = one_block(block)
     assert relative(K.inverse(0.5, split="pi").to_dense(), 2 * torch.eye(6).double()) < 1e-15
 
 
@@ -169,11 +175,41 @@ def test_a_saved_operator_is_loaded_as_the_same_matrix(tmp_path):
     assert "saved KroneckerOperator" in repr(K)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, r"written by \.save, got .* no header 'torchlinop' in JSON"),
+        ({"torchlinop": "no JSON"}, "no header 'torchlinop' in JSON"),
+        ({"torchlinop": "[1]"}, "no header 'torchlinop' in JSON"),
+        ({"torchlinop": "{}"}, "operator of format 1 in .*, got something else of format None"),
+        ({"torchlinop": '{"result": "Answer", "format": 1}'}, "got something else of format 1"),
+        ({"torchlinop": '{"operator": "KFACOperator", "format": 2}'}, "KFACOperator of format 2"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, metadata, message):
     safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(OptionError, match=r"written by \.save .* no header 'torchlinop'"):
-        KroneckerOperator.load(tmp_path / "weights.safetensors")
+    safetensors.save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", metadata=metadata)
+    with pytest.raises(OptionError, match=message):
+        KroneckerOperator.load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["text", "nothing", "."])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, name):
+    (tmp_path / "text").write_text("some text, longer than a header")
+    with pytest.raises(OptionError, match=r"cannot read .* as a safetensors file"):
+        KroneckerOperator.load(tmp_path / name)
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"cannot write .* in a directory that exists"):
+        operator().save(tmp_path / "missing" / "K.safetensors")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    operator().save(tmp_path / "K.safetensors")
+    with pytest.raises(OptionError, match=f"a device of this machine, got '{device}'"):
+        KroneckerOperator.load(tmp_path / "K.safetensors", device)
 
 
 def test_without_safetensors_the_line_to_run_is_given(tmp_path, monkeypatch):
@@ -187,8 +223,12 @@ def test_without_safetensors_the_line_to_run_is_given(tmp_path, monkeypatch):
     ("damping", "split", "message"),
     [
         (0.1, "half", "unknown split 'half'; choose one of exact, pi"),
-        (-1.0, "exact", "makes the matrix invertible, got -1"),
-        (float("nan"), "exact", "makes the matrix invertible, got nan"),
+        (-1.0, "exact", "expected damping to be at least 0, got -1; pass"),
+        (-1.0, "pi", "expected damping to be at least 0, got -1; pass"),
+        (float("nan"), "exact", "expected damping to be a finite real number, got nan; pass"),
+        (float("inf"), "exact", "expected damping to be a finite real number, got inf"),
+        ("a", "exact", "expected damping to be a finite real number, got 'a'"),
+        (1j, "exact", "expected damping to be a finite real number, got 1j"),
     ],
 )
 def test_inverses_that_do_not_exist_are_refused(damping, split, message):
@@ -196,10 +236,33 @@ def test_inverses_that_do_not_exist_are_refused(damping, split, message):
         operator().inverse(damping, split=split)
 
 
+@pytest.mark.parametrize("split", ["exact", "pi"])
+def test_a_damping_whose_inverse_overflows_is_refused(split):
+    factor = torch.diag(torch.tensor([1.0, 0.0])).double()
+    K = one_block(product(slice(0, 4), [(factor, factor)], torch.float32))
+    message = "invertible in torch.float32, got 1e-40, which leaves an eigenvalue of 1e-40"
+    with pytest.raises(OptionError, match=message):
+        K.inverse(1e-40, split=split)
+    wide = one_block(product(slice(0, 4), [(factor, factor)]))
+    assert float(wide.inverse(1e-40, split=split).to_dense()[3, 3]) == pytest.approx(1e40)
+
+
+def test_an_eigenvalue_that_rounding_left_below_zero_is_not_inverted():
+    K = one_block(diagonal_block(slice(0, 2), torch.tensor([1.0, -1e-20])))
+    with pytest.raises(OptionError, match="leaves an eigenvalue of 0"):
+        K.inverse(0.0)
+    assert relative(K.inverse(1e-3).to_dense().double(), torch.tensor([[1, 0], [0, 1e3]])) < 1e-3
+
+
+def test_the_inverse_says_of_what_and_how_it_was_damped():
+    assert 'inverse of KroneckerOperator + 0.1 I, split="pi"' in repr(
+        operator().inverse(0.1, split="pi")
+    )
+
+
 def test_a_singular_matrix_has_no_inverse_without_damping_and_no_logarithm():
-    block = diagonal_block(slice(0, 2), torch.tensor([1.0, 0.0]))
-    K = KroneckerOperator(VectorSpace(2, torch.float32, torch.device("cpu")), [block])
-    with pytest.raises(OptionError, match=r"smallest eigenvalue of 0; pass damping=1e-3"):
+    K = one_block(diagonal_block(slice(0, 2), torch.tensor([1.0, 0.0])))
+    with pytest.raises(OptionError, match=r"got 0, which leaves an eigenvalue of 0; pass damping"):
         K.inverse(0.0)
     with pytest.raises(OptionError, match="two Kronecker factors, which KroneckerOperator does"):
         K.inverse(0.1, split="pi")

@@ -117,11 +117,13 @@ def block_coupling(
     names, rows = zip(*((name, B.indices) for name, B in op.blocks(by).items()), strict=True)
     block_diagonal = BlockDiagonalOperator.of(op, by)
     probes = op.space.random(num_probes, seed, distribution)
-    parts = []
+    parts, sizes = [], []
     for V in probes.split(columns_that_fit(op.space), dim=1):
         F, K = op.matmat(V), block_diagonal.matmat(V)
-        parts.append(torch.stack([_moments(F[r].double(), K[r].double()) for r in rows], dim=1))
-    moments = torch.cat(parts, dim=2).cpu()  # (4, num_blocks, num_probes)
+        pairs = [_scaled(F[r].double(), K[r].double()) for r in rows]
+        parts.append(torch.stack([_moments(f, k) for f, k, _ in pairs], dim=1))
+        sizes.append(torch.stack([size for _, _, size in pairs]))
+    moments = _on_one_scale(torch.cat(parts, dim=2).cpu(), torch.cat(sizes, dim=1).cpu())
     relative_error, relative_error_stderr = _jackknifed(_relative_error, moments)
     cosine, cosine_stderr = _jackknifed(_cosine, moments)
     defect, defect_stderr = _jackknifed(_defect, moments)
@@ -138,6 +140,22 @@ def block_coupling(
         distribution,
         seed,
     )
+
+
+def _scaled(F: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns divided by their largest entry, whose square may over- or underflow: (columns,)."""
+    size = torch.maximum(F.abs().amax(0), K.abs().amax(0))
+    divisor = torch.where(size == 0, 1.0, size)
+    return F / divisor, K / divisor, size
+
+
+def _on_one_scale(moments: Tensor, sizes: Tensor) -> Tensor:
+    """Moments (4, num_blocks, num_probes) of scaled columns, in units of the block's largest one.
+
+    Every answer is a ratio for one block: its unit cancels.
+    """
+    largest = sizes.amax(1, keepdim=True)
+    return moments * (sizes / torch.where(largest == 0, 1.0, largest)).square()
 
 
 def _moments(F: Tensor, K: Tensor) -> Tensor:

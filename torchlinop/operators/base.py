@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchlinop.errors import NoParametersError, OptionError, VectorError
 from torchlinop.operators.check import CheckReport, check
+from torchlinop.operators.damping import finite_number
 from torchlinop.operators.grouping import Grouping, grouped
 from torchlinop.operators.product import dense, of_block, of_vector
 from torchlinop.parameters import ParameterLayout, ParamFilter, Slot
@@ -32,6 +33,11 @@ class CurvatureOperator(ABC):
         description: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> None:
+        if layout is not None and layout.size != space.size:
+            raise VectorError(
+                f"expected a layout of {space.size:,} entries, got one of {layout.size:,}; pass "
+                "that of the operator the matrix comes from, or none"
+            )
         self.space = space
         self.layout = layout  # the model's tensors in the flat vector, if it has any
         self.description = tuple(description)  # facts shown by repr
@@ -90,9 +96,18 @@ class CurvatureOperator(ABC):
 
         ``selection`` is a filter of parameters, or a tensor (m,) of distinct indices. Building
         an operator with ``param_filter`` gives the same block of a Hessian for less.
+
+        Raises:
+            OptionError: the selection is neither; VectorError: an index is out of range, or
+                twice; NoParametersError: nothing is selected, or there are no names to filter.
         """
         if isinstance(selection, Tensor):
             return Restriction(self, selection, None)
+        if not callable(selection):
+            raise OptionError(
+                f"expected a filter of parameters, or a tensor of indices, got {selection!r}; "
+                "pass match_names(...) for names, torch.tensor(...) for indices"
+            )
         if self.layout is None:
             raise NoParametersError(
                 f"{type(self).__name__} has no named parameters to filter; "
@@ -118,8 +133,8 @@ class CurvatureOperator(ABC):
         return {label: _block(self, self.layout, slots) for label, slots in groups.items()}
 
     def shift(self, sigma: float) -> CurvatureOperator:
-        """A + σ I."""
-        return LinearCombination([(1.0, self)], sigma)
+        """A + σ I, for a real σ."""
+        return LinearCombination([(1.0, self)], finite_number("sigma", sigma))
 
     def check(self, *, seed: int = 0, strict: bool = False) -> CheckReport:
         """Measure in six products whether this is a fixed symmetric linear map, and its noise.
@@ -173,10 +188,10 @@ class LinearCombination(CurvatureOperator):
                     f"expected operators on one space, got {first!r} and {operator!r}; "
                     "build both from the same parameters, dtype and device"
                 )
-        written = [f"{a:g} {type(operator).__name__}" for a, operator in terms]
-        written += [f"{sigma:g} I"] if sigma else []
+        summands = [(a, type(operator).__name__) for a, operator in terms]
+        summands += [(sigma, "I")] if sigma else []
         layout = first.layout if all(A.layout == first.layout for _, A in terms) else None
-        super().__init__(first.space, layout=layout, description=[" + ".join(written)])
+        super().__init__(first.space, layout=layout, description=[_written(summands)])
         self.terms = tuple(terms)
         self.sigma = sigma
 
@@ -185,6 +200,15 @@ class LinearCombination(CurvatureOperator):
         for coefficient, operator in self.terms:
             total.add_(operator.matmat(V), alpha=coefficient)
         return total
+
+
+def _written(summands: Sequence[tuple[float, str]]) -> str:
+    """``2 A - B + 3 I``."""
+    written = ""
+    for a, name in summands:
+        sign = "-" if a < 0 else "+"
+        written += f" {sign} {name}" if abs(a) == 1 else f" {sign} {abs(a):g} {name}"
+    return written[1].strip("+") + written[3:]  # no sign before the first but a minus
 
 
 class Restriction(CurvatureOperator):

@@ -30,7 +30,8 @@ class BlockDiagonalOperator(CurvatureOperator):
     A product costs one of every block, each on its own rows.
 
     Raises:
-        VectorError: blocks overlap, do not fit their rows, or differ in dtype or device.
+        VectorError: blocks overlap, do not fit their rows, or differ in dtype or device; the layout
+            has another size.
 
     Example:
         >>> from torchlinop import LambdaOperator
@@ -151,6 +152,11 @@ def _indices(where: Rows, size: int, b: int) -> Tensor:
     """The rows as a tensor of indices."""
     if isinstance(where, slice):
         return torch.arange(*where.indices(size))
+    if not isinstance(where, Tensor):
+        raise VectorError(
+            f"expected a slice or a tensor of indices for block {b}, got a "
+            f"{type(where).__name__}; pass torch.tensor(rows)"
+        )
     indices = where.dtype == torch.int64 and where.ndim == 1
     if not indices or not ((where >= 0) & (where < size)).all():
         raise VectorError(

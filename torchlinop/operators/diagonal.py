@@ -13,14 +13,15 @@ from torchlinop.batches import Batch, split
 from torchlinop.columns import ColumnChunks
 from torchlinop.derivatives import ForwardOverReverse
 from torchlinop.errors import OptionError, VectorError
-from torchlinop.from_model import ObjectiveOptions, output_objective
+from torchlinop.from_model import ObjectiveOptions, OutputObjective, output_objective
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.operators.base import CurvatureOperator
+from torchlinop.operators.damping import finite_number, inverted
 from torchlinop.parameters import ParameterLayout
 from torchlinop.per_sample import refuse_mixed_samples, refuse_mixing_loss
 from torchlinop.space import VectorSpace
-from torchlinop.weighting import sample_weights
+from torchlinop.weighting import Weighting, sample_weights
 
 _COLUMNS = 16  # vector-Jacobian products that go through one pass at most
 
@@ -54,17 +55,14 @@ class DiagonalOperator(CurvatureOperator):
         """``(D + damping I)⁻¹``.
 
         Raises:
-            OptionError: it does not exist, as an entry of D is −damping.
+            OptionError: damping is no number, or the inverse is not finite in the dtype of D, as
+                an entry is (close to) −damping.
         """
-        damped = self.diagonal + damping
-        zeros = int((damped == 0).sum())
-        if zeros:
-            raise OptionError(
-                f"expected a damping that leaves no entry of the diagonal zero, got {damping} with "
-                f"{zeros:,} of {self.size:,} entries zero; raise the damping"
-            )
+        damping = finite_number("damping", damping)
         return DiagonalOperator(
-            1 / damped, layout=self.layout, description=[*self.description, f"damping {damping:g}"]
+            inverted(self.diagonal.double() + damping, damping, self.dtype),
+            layout=self.layout,
+            description=[f"inverse of {type(self).__name__} + {damping:g} I", *self.description],
         )
 
     def trace(self) -> Tensor:
@@ -88,8 +86,8 @@ def ggn_diagonal(
 
     Every loss term n of a sample (a token, say) gives the columns s_nc of a square root of its
     Hessian with respect to the outputs, c = 1 ... C: as many as classes, or outputs. Columns that
-    are zero, as those of masked tokens, are left out. Samples go through the model one at a time;
-    in train mode, those of one batch share a dropout mask.
+    are zero, as those of masked tokens, are left out. Samples go through the model one at a time:
+    not with random numbers that those of one batch share, as a dropout mask in train mode.
 
     Costs, per sample, one forward pass and C vector-Jacobian products a term. Memory: the
     activations of one sample, C times its outputs, and 16 vectors.
@@ -97,7 +95,7 @@ def ggn_diagonal(
     Raises:
         as ``GGNOperator``; SampleMixingError, WeightingError: the model, or the loss, lets samples
         depend on each other; BatchError: a batch cannot be split into samples; OptionError: the
-        loss is not convex in the outputs.
+        loss is not convex in the outputs, or the model draws random numbers.
 
     Source: Dangel, Kunstner and Hennig, BackPACK: packing more into backprop, ICLR 2020.
     """
@@ -105,13 +103,15 @@ def ggn_diagonal(
         model, dataloader, forward_fn, loss_of_output_fn, of_samples=True, **options
     )
     loss, outputs_of = objective.function.loss, objective.function.outputs
+    weighting = loss.weighting or objective.data.weighting
     refuse_mixed_samples(objective, outputs_of)
+    _refuse_random_numbers(objective)
     refuse_mixing_loss(objective)
     chunks = ColumnChunks(limit=_COLUMNS)
 
     def of_batch(b: int, batch: Batch) -> Tensor:
         total = torch.zeros_like(objective.theta)
-        for sample, share in _samples(batch, loss):
+        for sample, share in _samples(batch, weighting):
             with objective.evaluating(b, sample, outputs_of) as f:
                 local = ForwardOverReverse().linearize(f, objective.theta)
                 for U in _columns(loss, local.outputs, sample):
@@ -126,10 +126,31 @@ def ggn_diagonal(
     )
 
 
-def _samples(batch: Batch, loss: LossOfOutput) -> Iterator[tuple[Batch, float]]:
+def _refuse_random_numbers(objective: OutputObjective) -> None:
+    """A sample alone would draw other numbers than in its batch. Costs a forward pass."""
+    devices = [device for device in [objective.space.device] if device.type == "cuda"]
+
+    def random_state() -> Tensor:
+        return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)])
+
+    def draws(model: nn.Module, batch: Batch) -> Tensor:
+        before = random_state()
+        objective.function.outputs(model, batch)
+        return (random_state() != before).any()
+
+    batch = next(iter(objective.data))[0]
+    with objective.evaluating(0, batch, draws) as drawn, torch.no_grad():
+        if drawn(objective.theta):
+            raise OptionError(
+                "the model draws random numbers, as Dropout does in train mode, one set for every "
+                "batch, but the diagonal is taken sample by sample; "
+                'pass mode="eval", or take the noise out of the model'
+            )
+
+
+def _samples(batch: Batch, weighting: Weighting) -> Iterator[tuple[Batch, float]]:
     """The samples that count, each with its share of the loss of the batch."""
-    assert loss.weighting is not None  # it was found when the objective was built
-    weights = sample_weights(loss.weighting, batch).tolist()
+    weights = sample_weights(weighting, batch).tolist()
     yield from ((s, w) for s, w in zip(split(batch, 1), weights, strict=True) if w)
 
 

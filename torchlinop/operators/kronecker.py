@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,14 @@ from torch import Tensor
 from torchlinop.errors import OptionError
 from torchlinop.operators import kronecker_file
 from torchlinop.operators.base import CurvatureOperator
+from torchlinop.operators.damping import finite_number, inverted
 from torchlinop.operators.eigenbasis import Eigenbasis, common_eigenbasis, diagonal_in
 from torchlinop.parameters import ParameterLayout
 from torchlinop.space import VectorSpace
 
 Split = Literal["exact", "pi"]
+
+_FORMAT = 1  # of saved operators
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,18 @@ class KroneckerBlock:
 
     def inverse(self, damping: float, split: Split) -> KroneckerBlock:
         """``(K + d I)⁻¹``; split in two factors where there are two, if so asked."""
+        # Rounding may leave an eigenvalue below zero, of which the inverse has a wrong sign.
+        damped = self._damped(damping, split).clamp_min(0)
+        return self.with_eigenvalues(inverted(damped, damping, self.eigenvalues.dtype))
+
+    def _damped(self, damping: float, split: Split) -> Tensor:
+        """The eigenvalues (r, c) that are inverted, in float64."""
         if split == "pi" and self.is_product and self.factors is not None:
             left, right = (factor.double() for factor in self.factors)
             if left.mean() > 0 and right.mean() > 0:
                 pi = (left.mean() / right.mean()).sqrt()
-                left, right = left + pi * damping**0.5, right + damping**0.5 / pi
-                return self.with_eigenvalues((1 / torch.outer(left, right)).to(self.eigenvalues))
-        inverted = 1 / (self.eigenvalues.double() + damping)
-        return self.with_eigenvalues(inverted.to(self.eigenvalues))
+                return torch.outer(left + pi * damping**0.5, right + damping**0.5 / pi)
+        return self.eigenvalues.double() + damping
 
 
 def diagonal_block(entries: slice | Tensor, diagonal: Tensor) -> KroneckerBlock:
@@ -110,7 +116,8 @@ class KroneckerOperator(CurvatureOperator):
     """A positive semidefinite block-diagonal matrix, every block by its eigendecomposition.
 
     The blocks share out all entries of the flat vector. Functions of the matrix cost what one
-    pass over its eigenvalues costs; nothing is ever dense.
+    pass over its eigenvalues costs. A block of two factors is never dense; one that has no
+    factors, of a normalisation say, has c = 1 and dense eigenvectors (m, m), unless diagonal.
     """
 
     def __init__(
@@ -160,18 +167,23 @@ class KroneckerOperator(CurvatureOperator):
         exactly.
 
         Raises:
-            OptionError: unknown split, one the matrix has no factors for, or no inverse.
+            OptionError: unknown split, one the matrix has no factors for, no number ≥ 0, or no
+                inverse that is finite in the operator's dtype.
         """
-        self._refuse_no_inverse(damping, split)
+        damping = finite_number("damping", damping)
+        self._refuse_bad_damping(damping, split)
         return KroneckerOperator(
             self.space,
             [block.inverse(damping, split) for block in self.kronecker_blocks],
             layout=self.layout,
-            description=[f"inverse of {type(self).__name__} + {damping:g} I", *self.description],
+            description=[
+                f'inverse of {type(self).__name__} + {damping:g} I, split="{split}"',
+                *self.description,
+            ],
             notes=self.notes,
         )
 
-    def _refuse_no_inverse(self, damping: float, split: str) -> None:
+    def _refuse_bad_damping(self, damping: float, split: str) -> None:
         if split not in get_args(Split):
             raise OptionError(
                 f"unknown split {split!r}; choose one of {', '.join(get_args(Split))}"
@@ -181,20 +193,19 @@ class KroneckerOperator(CurvatureOperator):
                 'split="pi" divides the damping between two Kronecker factors, which '
                 f'{type(self).__name__} does not have; pass split="exact"'
             )
-        smallest = min(float(b.eigenvalues.min()) for b in self.kronecker_blocks)
-        if not (math.isfinite(damping) and damping >= 0 and smallest + damping > 0):
+        if damping < 0:
             raise OptionError(
-                f"expected a damping that makes the matrix invertible, got {damping:g} for a "
-                f"smallest eigenvalue of {smallest:.3g}; pass damping=1e-3, say"
+                f"expected damping to be at least 0, got {damping:g}; pass damping=1e-3, say"
             )
 
     def save(self, path: str | Path) -> None:
         """Write the eigendecompositions to a safetensors file, with one JSON header.
 
         Raises:
-            OptionError: the package safetensors is not installed.
+            OptionError: the package safetensors is not installed, or the path cannot be written.
         """
         header = {
+            "format": _FORMAT,
             "operator": type(self).__name__,
             "size": self.size,
             "layout": kronecker_file.layout_as_json(self.layout),
@@ -211,12 +222,21 @@ class KroneckerOperator(CurvatureOperator):
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> KroneckerOperator:
-        """The operator that was saved: the same matrix, without its model and data.
+        """The operator that was saved: the same matrix to rounding, without its model and data.
+
+        It is a ``KroneckerOperator``, whatever was saved, and has no ``coverage``.
 
         Raises:
-            OptionError: the package safetensors is not installed, or the file is not one of ours.
+            OptionError: the package safetensors is not installed, the file is not one of ours,
+                or the device is none of this machine.
         """
         tensors, header = kronecker_file.read(path, device)
+        if "operator" not in header or header.get("format") != _FORMAT:
+            raise OptionError(
+                f"expected an operator of format {_FORMAT} in {path}, got "
+                f"{header.get('operator', 'something else')} of format {header.get('format')}; "
+                "load it with the class and the version that saved it"
+            )
         blocks = [_block(written, tensors, f"{b}.") for b, written in enumerate(header["blocks"])]
         first = blocks[0].eigenvalues
         return KroneckerOperator(

@@ -21,27 +21,60 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
     """Write the tensors, moved to the CPU, and the header.
 
     Raises:
-        OptionError: the package safetensors is not installed.
+        OptionError: the package safetensors is not installed, or the path cannot be written.
     """
+    safetensors = _safetensors()
     dense = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    _safetensors().torch.save_file(dense, str(path), metadata={_KEY: json.dumps(header)})
+    try:
+        safetensors.torch.save_file(dense, str(path), metadata={_KEY: json.dumps(header)})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OptionError(
+            f"cannot write {path} ({error}); pass the path of a file in a directory that exists"
+        ) from error
 
 
 def read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on ``device``, and the header.
 
     Raises:
-        OptionError: the package safetensors is not installed, or the file is not one of ours.
+        OptionError: the package safetensors is not installed, the file is not one of ours, or
+            the device is none of this machine.
     """
-    with _safetensors().safe_open(str(path), framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        if _KEY not in metadata:
-            raise OptionError(
-                f"expected a file written by .save of an operator, got {path}, which has no "
-                f"header {_KEY!r}; pass the path of such a file"
-            )
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, json.loads(metadata[_KEY])
+    safetensors = _safetensors()
+    where = _usable(device)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).to(where) for name in list(file.keys())}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OptionError(
+            f"cannot read {path} as a safetensors file ({error}); pass the path of a file written "
+            "by .save"
+        ) from error
+    return tensors, _header(path, metadata)
+
+
+def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        header = json.loads(metadata.get(_KEY, "null"))
+    except json.JSONDecodeError:
+        header = None
+    if not isinstance(header, dict):
+        raise OptionError(
+            f"expected a file written by .save, got {path}, which has no header {_KEY!r} in JSON; "
+            "pass the path of such a file"
+        )
+    return header
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # as torch was built
+        raise OptionError(
+            f"expected a device of this machine, got {str(device)!r} ({error}); "
+            'pass device="cpu", say'
+        ) from error
 
 
 def layout_as_json(layout: ParameterLayout | None) -> dict[str, Any] | None:
