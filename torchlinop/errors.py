@@ -72,8 +72,24 @@ class SymmetryError(TorchlinopError, ArithmeticError):
     """A matrix that should be symmetric, linear or repeatable is not."""
 
 
+class DefinitenessError(TorchlinopError, ArithmeticError):
+    """A matrix that should have no negative eigenvalue has one."""
+
+
 class ProductBudgetError(TorchlinopError, RuntimeError):
     """A solver asked for more products than it was granted."""
+
+
+class MemoryEstimateError(TorchlinopError, MemoryError):
+    """What is about to be allocated does not fit into the memory that is free."""
+
+
+class NotConvergedError(TorchlinopError, ArithmeticError):
+    """A solver stopped before its answer was as accurate as asked; it carries the answer."""
+
+    def __init__(self, message: str, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class KFACCoverageError(TorchlinopError, ValueError):
@@ -94,6 +110,14 @@ class UnusedParameterWarning(TorchlinopWarning):
 
 class PrecisionWarning(TorchlinopWarning):
     """Products are noisier than the dtype of the vectors suggests."""
+
+
+class NotConvergedWarning(TorchlinopWarning):
+    """A solver has spent its products before it reached the accuracy asked for."""
+
+
+class OrthogonalityWarning(TorchlinopWarning):
+    """Without reorthogonalisation against all vectors, eigenvalues come in copies."""
 
 
 def warn_caller(message: str, category: type[TorchlinopWarning]) -> None:

@@ -83,7 +83,7 @@ class BorrowedModel:
         """
         with ExitStack() as stack:
             stack.enter_context(_borrowing)
-            stack.enter_context(_given_back(self.module))
+            stack.enter_context(given_back(self.module))
             stack.enter_context(_twice_differentiable(self.module, self.device))
             stack.enter_context(preserved_random_state(self.device))
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
@@ -165,7 +165,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _given_back(model: nn.Module) -> Iterator[None]:
+def given_back(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of every module, and what its lists, sets and dicts hold.
 
     Modes, parameters, buffers, submodules and hooks are such attributes.

@@ -21,6 +21,7 @@ from torchlinop.batches import (
 )
 from torchlinop.errors import NonFiniteError, SampleMixingError, WeightingError
 
+LABELS = ("labels", "label", "targets", "target", "decoder_labels", "y")  # their usual keys
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
 Count = Callable[[Batch], float]
@@ -48,8 +49,7 @@ def samples(batch: Batch) -> Tensor | None:
 def labels(batch: Batch) -> Tensor | None:
     """The integer labels of a batch: under a usual key, or the last part of a tuple or list."""
     if isinstance(batch, Mapping):
-        keys = ("labels", "label", "targets", "target", "decoder_labels", "y")
-        found = next((batch[key] for key in keys if key in batch), None)
+        found = next((batch[key] for key in LABELS if key in batch), None)
     else:
         found = tensors(batch)[-1] if tensors(batch) else None
     integer = isinstance(found, Tensor) and not found.is_floating_point() and found.ndim > 0

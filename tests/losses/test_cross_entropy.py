@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchlinop.errors import LossShapeError, OptionError
+from torchlinop.errors import DataError, LossShapeError, OptionError
 from torchlinop.losses import CrossEntropy
 
 WEIGHT = torch.tensor([0.3, 1.7, 1.0, 2.2], dtype=torch.float64)
@@ -249,6 +249,11 @@ def test_bad_options_are_refused(options, message):
         ((5, 4), torch.zeros(5, 3), r"probabilities of shape \(5, 4\) .*, got \(5, 3\)"),
         ((2, 7, 4), torch.zeros(2, 7).long(), r"got \(2, 7\); .* class_axis=-1 if"),
         ((4,), torch.tensor(1), r"a sample axis and a class axis, got shape \(4,\)"),
+        (
+            (5, 4),
+            torch.ones(5),
+            r"integer labels, or .* shape \(5,\); pass labels.long",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(f, y, message):
@@ -256,3 +261,66 @@ def test_shapes_that_do_not_fit_are_refused(f, y, message):
         CrossEntropy()(torch.randn(f), (None, y))
     with pytest.raises(LossShapeError, match=message):
         CrossEntropy().hessian(torch.randn(f), (None, y))
+
+
+ASKED = ["__call__", "per_sample", "hessian", "terms", "root", "fisher"]
+
+
+@pytest.mark.parametrize("label", [-1, 4, 7])
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+@pytest.mark.parametrize("ask", ASKED)
+def test_labels_that_are_no_classes_are_refused(ask, weight, label):
+    y = torch.tensor([0, -100, 3, label, 1])
+    message = rf"labels from 0 to 3, or -100 where there is none, got {label}; correct the labels"
+    with pytest.raises(DataError, match=message):
+        getattr(CrossEntropy(weight=weight), ask)(torch.randn(5, 4), (None, y))
+
+
+@pytest.mark.parametrize(
+    ("weight", "label", "message"),
+    [
+        (None, -1, "labels of 0 or more, or -100 where there is none, got -1; correct"),
+        (WEIGHT, -1, "labels from 0 to 3, or -100 .* got -1"),
+        (WEIGHT, 7, "labels from 0 to 3, or -100 .* got 7"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_where_batches_are_counted(weight, label, message):
+    with pytest.raises(DataError, match=message):
+        CrossEntropy(weight=weight).weighting.count((None, torch.tensor([0, label])))
+
+
+def test_a_negative_label_may_be_the_one_that_is_ignored():
+    f, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, -1, 3, -1, 1])
+    value = CrossEntropy(ignore_index=-1)(f, (None, y))
+    assert float(value) == pytest.approx(float(F.cross_entropy(f, y, ignore_index=-1)), rel=1e-13)
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("ask", ASKED)
+def test_class_weights_of_another_number_are_refused(ask, targets):
+    f, y = problem((5, 4), targets)
+    message = r"a class weight for each of 4 classes, got weights of shape \(3,\); pass as many"
+    with pytest.raises(LossShapeError, match=message):
+        getattr(CrossEntropy(weight=WEIGHT[:3]), ask)(f, (None, y))
+
+
+def test_float_labels_are_refused_where_batches_are_counted():
+    with pytest.raises(LossShapeError, match=r"integer labels, .* shape \(5,\); pass labels.long"):
+        CrossEntropy().weighting.count((None, torch.ones(5)))
+
+
+def test_losses_of_samples_are_taken_together_by_vmap():
+    # Values cannot be asked for there, so labels go unchecked.
+    f, y = problem((5, 4), "hard")
+    loss = CrossEntropy(weight=WEIGHT)
+    together = torch.func.vmap(lambda f, y: loss(f[None], (None, y[None])))(f, y)
+    assert relative(together, loss.per_sample(f, (None, y))) < 1e-13
+
+
+def test_class_weights_are_copied():
+    f, y = problem((5, 4), "hard")
+    weight = WEIGHT.clone()
+    loss = CrossEntropy(weight=weight)
+    before = loss.hvp(f, (None, y), f)
+    weight[0] *= 2
+    assert torch.equal(loss.hvp(f, (None, y), f), before)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from torchlinop.errors import LossShapeError, OptionError
+from torchlinop.errors import DataError, LossShapeError, OptionError
 from torchlinop.losses import (
     BinaryCrossEntropyWithLogits,
     GaussianNLL,
@@ -234,7 +234,59 @@ def test_targets_of_another_dtype_are_converted():
     f = torch.randn(5, 3)
     y = torch.randint(0, 2, (5, 3))
     value = BinaryCrossEntropyWithLogits()(f, (None, y))
-    assert torch.equal(value, bce(f, y.float(), reduction="none").sum() * (1 / 15))
+    assert torch.equal(value, bce(f, y.float()))
+
+
+HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [(BRAIN, SINGLE), (HALF, SINGLE), (SINGLE, DOUBLE)], ids=str
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_narrow_outputs_are_compared_with_wide_targets_without_rounding_these(name, narrow, wide):
+    ours, _, options, kind = LOSSES[name]
+    f, batch = problem(kind)
+    f, batch = f.to(narrow), (None, *(part.to(wide) for part in batch[1:]))
+    loss, expected = ours(**options), torchs(name, batch, "mean")
+    value, exact = loss(f, batch), expected(f.to(wide))
+    terms, S = loss.terms(f, batch), loss.root(f, batch)
+    assert value.dtype == wide
+    assert float(value) == pytest.approx(float(exact), rel=10 * torch.finfo(wide).eps)
+    assert terms.gradients.dtype == S.dtype == loss.hvp(f, batch, f).dtype == narrow
+    # The weight, the gradients, and their product: each is rounded once.
+    g = torch.func.grad(expected)(f.to(wide))
+    assert relative((terms.weights * terms.gradients).to(wide), g) < 2 * torch.finfo(narrow).eps
+
+
+def test_gradients_of_narrow_outputs_are_those_of_torch():
+    f, y = torch.randn(5, 3).bfloat16().requires_grad_(), torch.randn(5, 3)
+    (ours,) = torch.autograd.grad(MeanSquaredError()(f, (None, y)), f)
+    (expected,) = torch.autograd.grad(F.mse_loss(f, y), f)
+    assert torch.equal(ours, expected)
+
+
+def test_half_precision_outputs_have_a_mean_where_their_sum_overflows():
+    f = torch.full((100, 10), 20.0, dtype=torch.float16)
+    y = torch.zeros_like(f)
+    assert float(MeanSquaredError()(f, (None, y))) == float(F.mse_loss(f, y)) == 400
+
+
+@pytest.mark.parametrize("ask", ["__call__", "hessian", "terms", "root", "fisher"])
+def test_negative_variances_are_refused(ask):
+    batch = (None, torch.randn(5, 3), torch.linspace(-0.25, 1, 15).view(5, 3))
+    with pytest.raises(DataError, match=r"variances of 0 or more, got -0.25; if .* logarithms"):
+        getattr(GaussianNLL(), ask)(torch.randn(5, 3), batch)
+
+
+def test_weights_are_copied():
+    f, batch = problem("binary")
+    w, rho = W.clone(), RHO.clone()
+    loss = BinaryCrossEntropyWithLogits(weight=w, pos_weight=rho)
+    before = loss.hvp(f, batch, f)
+    w.mul_(1.1)
+    rho.mul_(1.1)
+    assert torch.equal(loss.hvp(f, batch, f), before)
 
 
 def test_blocks_are_their_columns():

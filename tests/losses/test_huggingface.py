@@ -1,5 +1,6 @@
 """Language models' losses: their own, and the same in closed form from logits."""
 
+import pickle
 from collections import UserDict
 
 import pytest
@@ -7,21 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchlinop import GGNOperator
 from torchlinop.errors import BatchError
 from torchlinop.losses import (
     hf_lm_forward,
     hf_lm_loss,
     hf_lm_loss_of_output,
     hf_lm_shifted_ce,
+    hf_seq2seq_forward,
     hf_seq2seq_loss,
+    hf_seq2seq_loss_of_output,
     tlens_forward,
     tlens_loss,
     tlens_loss_of_output,
 )
 from torchlinop.losses.huggingface import shifted_labels
 from torchlinop.testing import gallery
+from torchlinop.testing.oracles import dense_ggn
 
 transformers = pytest.importorskip("transformers")
+
+
+TOKENS = torch.randint(0, 7, (3, 5))
 
 
 def as_encoding(batch):
@@ -75,7 +83,7 @@ def test_tokens_that_are_attended_to_are_labels_where_there_are_none():
     assert torch.equal(shifted_labels(tokens), torch.tensor([[2, 3, -100]]))
 
 
-def test_the_loss_of_an_encoder_decoder_is_its_own():
+def encoder_decoder():
     config = transformers.T5Config(
         vocab_size=9, d_model=4, d_kv=2, d_ff=5, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
@@ -84,8 +92,49 @@ def test_the_loss_of_an_encoder_decoder_is_its_own():
         "input_ids": torch.randint(1, 9, (2, 4)),
         "labels": torch.tensor([[1, 2, -100], [3, 4, 5]]),
     }
+    return model, batch
+
+
+def test_the_loss_of_an_encoder_decoder_is_its_own():
+    model, batch = encoder_decoder()
     expected = F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten())
     assert float(hf_seq2seq_loss()(model, batch)) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("forward", [hf_seq2seq_forward, hf_lm_forward])
+def test_the_loss_of_logits_is_that_of_the_encoder_decoder(forward):
+    model, batch = encoder_decoder()
+    loss = hf_seq2seq_loss_of_output()
+    value = loss(forward()(model, batch), batch)
+    assert float(value) == pytest.approx(float(hf_seq2seq_loss()(model, batch)), rel=1e-6)
+    assert loss.weighting.count(batch) == 5
+
+
+def test_inputs_of_the_decoder_take_the_place_of_labels():
+    model, batch = encoder_decoder()
+    shifted = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    given = {**batch, "labels": torch.zeros(2, 9).long(), "decoder_input_ids": shifted}
+    expected = hf_seq2seq_forward()(model, batch)
+    assert torch.equal(hf_lm_forward()(model, given), expected)
+
+
+def test_the_ggn_of_an_encoder_decoder_is_the_dense_one():
+    model, batch = encoder_decoder()
+    parts = [{name: part[cut] for name, part in batch.items()} for cut in (slice(1), slice(1, 2))]
+    model.requires_grad_(True)
+    G = GGNOperator(model, parts, hf_seq2seq_forward(), hf_seq2seq_loss_of_output())
+    dense = dense_ggn(
+        lambda f: F.cross_entropy(f.flatten(0, 1), batch["labels"].flatten()),
+        lambda: model(**batch).logits,
+        list(model.parameters()),
+    )
+    torch.testing.assert_close(G.to_dense(), dense, rtol=0, atol=1e-5 * float(dense.abs().max()))
+
+
+@pytest.mark.parametrize("batch", [{"labels": None}, TOKENS], ids=type)
+def test_a_batch_without_labels_of_a_decoder_is_refused(batch):
+    with pytest.raises(BatchError, match=r"expected a batch with labels, got a .*; put in the"):
+        hf_seq2seq_loss_of_output().weighting.count(batch)
 
 
 def test_a_batch_without_labels_has_no_own_loss():
@@ -94,9 +143,17 @@ def test_a_batch_without_labels_has_no_own_loss():
         hf_lm_loss()(p.model, {"input_ids": p.full_batch["input_ids"]})
 
 
-@pytest.mark.parametrize("batch", [{"pixels": torch.ones(2)}, torch.ones(2, 3).long()], ids=str)
+WITHOUT = {
+    "no tokens": {"pixels": torch.ones(2)},
+    "a tensor": torch.ones(2, 3).long(),
+    "labels of None": {"inputs_embeds": torch.ones(2, 3, 4), "labels": None},
+}
+
+
+@pytest.mark.parametrize("batch", WITHOUT.values(), ids=WITHOUT)
 def test_a_batch_without_tokens_is_refused(batch):
-    with pytest.raises(BatchError, match="expected a batch with labels or input_ids, got a"):
+    message = "expected a batch with labels or input_ids, got a .*; pass what the tokenizer gives"
+    with pytest.raises(BatchError, match=message):
         shifted_labels(batch)
 
 
@@ -116,9 +173,6 @@ class Hooked(nn.Module):
         return -log_p.gather(-1, tokens[:, 1:, None]).mean()
 
 
-TOKENS = torch.randint(0, 7, (3, 5))
-
-
 @pytest.mark.parametrize("batch", [TOKENS, {"tokens": TOKENS}, {"input_ids": TOKENS}], ids=type)
 def test_the_loss_of_transformer_lens_logits_is_the_model_s_own(batch):
     model = Hooked().requires_grad_(False)
@@ -130,3 +184,26 @@ def test_the_loss_of_transformer_lens_logits_is_the_model_s_own(batch):
 def test_a_batch_without_token_ids_is_refused():
     with pytest.raises(BatchError, match="a mapping with tokens, got a list of 1 parts; pass"):
         tlens_loss()(Hooked(), [TOKENS])
+
+
+LOSSES = (hf_lm_loss, hf_lm_forward, hf_seq2seq_loss, hf_seq2seq_forward, tlens_loss, tlens_forward)
+
+
+@pytest.mark.parametrize("make", LOSSES)
+def test_functions_of_language_models_can_be_pickled(make):
+    assert pickle.loads(pickle.dumps(make())) is make()
+
+
+@pytest.mark.parametrize(
+    ("make", "unit"),
+    [
+        (hf_lm_loss_of_output, "unmasked next tokens"),
+        (hf_seq2seq_loss_of_output, "unmasked labels"),
+        (tlens_loss_of_output, "next tokens"),
+    ],
+)
+def test_losses_of_logits_can_be_pickled_and_name_what_they_count(make, unit):
+    loss = pickle.loads(pickle.dumps(make()))
+    logits, batch = torch.randn(3, 5, 7), {"input_ids": TOKENS, "labels": TOKENS}
+    assert torch.equal(loss(logits, batch), make()(logits, batch))
+    assert loss.weighting.unit == unit

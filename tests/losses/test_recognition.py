@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import pickle
 
 import pytest
 import torch
@@ -111,6 +112,31 @@ def test_losses_of_torch_are_recognised_with_their_options(name, way, form):
     assert float(loss(f, batch)) == pytest.approx(float(module(f, *batch[1:])), rel=1e-12)
     H = hessian_of(lambda f: module(f, *batch[1:]), f)
     assert relative(dense(loss.hessian(f, batch), f), H) < 1e-12
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_module_inside_partial_is_recognised(name):
+    kind, module, *_, ours = TABLE[name]
+    f, batch = problem(kind)
+    loss = loss_of_output(partial(module))
+    assert type(loss) is ours
+    assert float(loss(f, batch)) == pytest.approx(float(module(f, *batch[1:])), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (nn.CrossEntropyLoss(WEIGHT.clone()), "labels"),
+        (nn.BCEWithLogitsLoss(WEIGHT.clone()), "binary"),
+    ],
+    ids=["cross-entropy", "bce"],
+)
+def test_later_changes_of_a_module_s_weights_do_not_reach_the_loss(module, kind):
+    f, batch = problem(kind)
+    loss = loss_of_output(module)
+    before = loss.hvp(f, batch, f)
+    module.weight[0] *= 2
+    assert torch.equal(loss.hvp(f, batch, f), before)
 
 
 class Doubled(nn.MSELoss):
@@ -340,3 +366,99 @@ def test_a_loss_without_second_derivative_is_refused():
 def test_other_errors_of_a_loss_are_its_own():
     with pytest.raises(RuntimeError, match="size of tensor"):
         AutogradLoss(lambda f, b: operator.add(f, torch.ones(4)).sum()).hessian(*problem("real"))
+
+
+@pytest.mark.parametrize("way", [loss_of_output, criterion])
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        (nn.CosineEmbeddingLoss(), "input1, input2, target"),
+        (nn.TripletMarginLoss(), "anchor, positive, negative"),
+        (nn.CTCLoss(), "log_probs, targets, input_lengths, target_lengths"),
+        (F.margin_ranking_loss, "input1, input2, target"),
+        (lambda outputs, targets, mask: outputs.sum(), "outputs, targets, mask"),
+    ],
+)
+def test_losses_of_three_arguments_are_refused(way, loss, names):
+    with pytest.raises(OptionError, match=rf"which takes \({names}\); give loss_of_output_fn a"):
+        way(loss)
+
+
+class Focal(nn.Module):
+    """(1 - p)² times the cross-entropy, of outputs and targets."""
+
+    def forward(self, o, t):
+        losses = F.cross_entropy(o, t, reduction="none")
+        return ((1 - (-losses).exp()).square() * losses).mean()
+
+
+@pytest.mark.parametrize("loss", [Focal(), lambda o, t: (o - t).mean(), lambda o, t: t.long()])
+def test_a_criterion_given_as_a_loss_of_output_is_told_from_one(loss):
+    f, batch = problem("labels")
+    message = r"a loss of \(outputs, batch\), but .* failed .* pass supervised_loss_of_output of it"
+    with pytest.raises(OptionError, match=message):
+        loss_of_output(loss)(f, batch)
+
+
+@pytest.mark.parametrize(
+    ("product", "came"),
+    [(lambda u: u[0], r"\(3,\)"), (lambda u: None, "NoneType")],
+    ids=["shape", "None"],
+)
+def test_a_product_of_another_shape_is_refused(product, came):
+    class Wrong(OwnProduct):
+        def hvp(self, outputs, batch, u):
+            return product(u)
+
+    f, batch = problem("real")
+    message = rf"hvp\(outputs, batch, u\) of .* to give the shape \(5, 3\) .* got {came}; reshape"
+    with pytest.raises(LossShapeError, match=message):
+        loss_of_output(Wrong()).hvp(f, batch, f)
+
+
+class Remembering(nn.Module):
+    """Divides by a running norm of the outputs, counts its calls, and turns itself to eval."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, affine=False, dtype=torch.float64)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.calls = []
+
+    def forward(self, outputs, targets):
+        targets = targets[1] if isinstance(targets, tuple) else targets
+        self.scale += outputs.detach().norm()
+        self.calls.append(len(outputs))
+        loss = (self.norm(outputs) - targets).square().mean() / self.scale
+        self.norm.eval()
+        return loss
+
+    def hvp(self, outputs, batch, u):
+        self.scale += 1
+        return self.scale * u
+
+
+@pytest.mark.parametrize("way", [loss_of_output, criterion])
+def test_a_module_with_a_state_is_the_same_at_every_call_and_left_as_it_was(way):
+    f, batch = problem("real")
+    module = Remembering()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    loss = way(module)
+    first, again = loss(f, batch), loss(f, batch)
+    products = loss.hvp(f, batch, f), loss.hvp(f, batch, f)
+    assert torch.equal(first, again)
+    assert torch.equal(*products)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+    assert module.norm.training
+    assert module.calls == []
+    assert float(first) == pytest.approx(float(module(f, batch[1])), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(WEIGHT), nn.HuberLoss(), nn.L1Loss(), quartic], ids=str
+)
+def test_losses_can_be_pickled(loss):
+    kind = "labels" if isinstance(loss, nn.CrossEntropyLoss) else "real"
+    f, batch = problem(kind)
+    ours = loss_of_output(loss)
+    assert float(pickle.loads(pickle.dumps(ours))(f, batch)) == float(ours(f, batch))

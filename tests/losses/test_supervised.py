@@ -27,6 +27,8 @@ from torchlinop.testing.oracles import dense_hessian
 
 X, Y = torch.randn(5, 6, dtype=torch.float64), torch.randint(0, 3, (5,))
 Pair = namedtuple("Pair", "image label")
+Swapped = namedtuple("Swapped", "label image")
+Unnamed = namedtuple("Unnamed", "a b")
 
 
 @dataclass
@@ -39,11 +41,14 @@ BATCHES = {
     "tuple": (X, Y),
     "list": [X, Y],
     "named tuple": Pair(X, Y),
+    "named tuple, targets first": Swapped(Y, X),
+    "named tuple of other names": Unnamed(X, Y),
     "triple": (X, Y, torch.ones(5)),
     "labels": {"x": X, "labels": Y},
     "targets": {"targets": Y, "inputs": X},
     "y": UserDict({"images": X, "y": Y}),
     "dataclass": Sample(X, Y),
+    "labels of a decoder": {"x": X, "decoder_labels": Y},
     "keywords": {"input": X, "label": Y},
 }
 
@@ -147,3 +152,13 @@ def test_per_sample_losses_are_those_of_samples_alone(criterion, targets):
     alone = [criterion(model(X[i : i + 1]), targets[i : i + 1]) for i in range(5)]
     assert losses.shape == (5,)
     assert torch.allclose(losses, torch.stack(alone), rtol=1e-12)
+
+
+Heteroscedastic = namedtuple("Heteroscedastic", "variance x y")
+
+
+def test_variances_of_a_named_tuple_go_by_name():
+    v, x, y = torch.rand(3, 5, 2, dtype=torch.float64)
+    loss = supervised_loss_of_output(nn.GaussianNLLLoss())
+    expected = F.gaussian_nll_loss(x, y, v)
+    assert float(loss(x, Heteroscedastic(v, x, y))) == pytest.approx(float(expected), rel=1e-13)

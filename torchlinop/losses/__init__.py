@@ -19,7 +19,9 @@ from torchlinop.losses.huggingface import (
     hf_lm_loss,
     hf_lm_loss_of_output,
     hf_lm_shifted_ce,
+    hf_seq2seq_forward,
     hf_seq2seq_loss,
+    hf_seq2seq_loss_of_output,
 )
 from torchlinop.losses.recognition import criterion, loss_of_output
 from torchlinop.losses.supervised import (
@@ -56,7 +58,9 @@ __all__ = [
     "hf_lm_loss",
     "hf_lm_loss_of_output",
     "hf_lm_shifted_ce",
+    "hf_seq2seq_forward",
     "hf_seq2seq_loss",
+    "hf_seq2seq_loss_of_output",
     "loss_of_output",
     "mse_loss_of_output",
     "supervised_forward",

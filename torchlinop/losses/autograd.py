@@ -16,6 +16,7 @@ from torchlinop.derivatives import gradient_of
 from torchlinop.diagnosis import refuse_silent_gaps
 from torchlinop.errors import (
     DoubleBackwardError,
+    LossShapeError,
     OptionError,
     SampleMixingError,
     WeightingError,
@@ -180,10 +181,20 @@ class WithHvp(AutogradLoss):
         def product(u: Tensor) -> Tensor:
             columns = u.reshape(-1, *f.shape)
             with torch.enable_grad():  # it may differentiate
-                products = [self.function.hvp(f, batch, column.clone()) for column in columns]
+                products = [self._own(f, batch, column.clone()) for column in columns]
             return torch.stack(products).detach().view(u.shape)
 
         return product
+
+    def _own(self, f: Tensor, batch: Batch, u: Tensor) -> Tensor:
+        product: object = self.function.hvp(f, batch, u)
+        if isinstance(product, Tensor) and product.shape == f.shape:
+            return product
+        came = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
+        raise LossShapeError(
+            f"expected hvp(outputs, batch, u) of {self!r} to give the shape {tuple(f.shape)} of u "
+            f"and the outputs, got {came}; reshape the product"
+        )
 
 
 def _one(outputs: Tensor, batch: Batch, i: int) -> tuple[Tensor, Batch]:

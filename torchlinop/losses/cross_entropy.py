@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinop.batches import Batch
-from torchlinop.errors import LossShapeError, OptionError
+from torchlinop.errors import DataError, LossShapeError, OptionError
 from torchlinop.losses.base import LossOfOutput, OutputMap, Terms, Uniform
 from torchlinop.losses.fused_cross_entropy import Backend, cross_entropy_map
 from torchlinop.losses.reduction import Reduction, weighting_of
-from torchlinop.losses.targets import targets_of
+from torchlinop.losses.targets import anywhere, own, targets_of
 from torchlinop.weighting import IGNORED, Weighting
 
 
@@ -87,6 +87,8 @@ class CrossEntropy(LossOfOutput):
 
     Raises:
         OptionError: an option is none of its choices.
+        LossShapeError: targets or class weights do not fit the outputs.
+        DataError: a label is neither a class nor ``ignore_index``.
     """
 
     # Labels (*rows,), or probabilities in the shape of the outputs.
@@ -97,10 +99,12 @@ class CrossEntropy(LossOfOutput):
     reduction: Reduction = "mean"
     class_axis: int = 1  # 1 as in torch, or -1 as language models have it
     fused: Backend = "auto"  # how products with the Hessian are computed
+    unit: str = field(default="unmasked labels", repr=False)  # what a mean is over, for people
     weighting: Weighting | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.weighting = weighting_of(self.reduction, self._count, "unmasked labels")
+        self.weight = own(self.weight)
+        self.weighting = weighting_of(self.reduction, self._count, self.unit)
         if self.class_axis not in (1, -1):
             raise OptionError(
                 f"expected class_axis to be 1 (as in torch) or -1, got {self.class_axis!r}; "
@@ -205,7 +209,7 @@ class CrossEntropy(LossOfOutput):
 
     def _checked(self, outputs: Tensor, rows: torch.Size, batch: Batch) -> Tensor:
         """The targets; labels as integers that can index."""
-        targets = self.targets(batch)
+        targets = self._labels_or_probabilities(batch)
         expected = outputs.shape if targets.is_floating_point() else rows
         if targets.shape != expected:
             kind = "probabilities" if targets.is_floating_point() else "labels"
@@ -214,7 +218,36 @@ class CrossEntropy(LossOfOutput):
                 f"{tuple(outputs.shape)}, got {tuple(targets.shape)}; give the targets such a "
                 "shape, or class_axis=-1 if the classes are last"
             )
-        return targets if targets.is_floating_point() else targets.long()
+        classes = outputs.shape[self._axis(outputs)]
+        if self.weight is not None and self.weight.shape != (classes,):
+            raise LossShapeError(
+                f"expected a class weight for each of {classes} classes, got weights of shape "
+                f"{tuple(self.weight.shape)}; pass as many as the model has outputs"
+            )
+        if targets.is_floating_point():
+            return targets
+        self._refuse_outside(targets, classes)
+        return targets.long()
+
+    def _labels_or_probabilities(self, batch: Batch) -> Tensor:
+        targets = self.targets(batch)
+        if targets.is_floating_point() and targets.ndim < 2:
+            raise LossShapeError(
+                f"expected integer labels, or probabilities with a class axis, got targets of "
+                f"{targets.dtype} and shape {tuple(targets.shape)}; pass labels.long()"
+            )
+        return targets
+
+    def _refuse_outside(self, labels: Tensor, classes: int | None) -> None:
+        """Labels that are no classes: negative ones would index from the end."""
+        outside = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+        outside = outside & (labels != self.ignore_index)
+        if anywhere(outside):
+            expected = "of 0 or more" if classes is None else f"from 0 to {classes - 1}"
+            raise DataError(
+                f"expected labels {expected}, or {self.ignore_index} where there is none, got "
+                f"{int(labels[outside][0])}; correct the labels, or pass another ignore_index"
+            )
 
     def _loss(self, outputs: Tensor, batch: Batch, reduction: str) -> Tensor:
         logits = self._logits(outputs)
@@ -233,9 +266,10 @@ class CrossEntropy(LossOfOutput):
 
     def _count(self, batch: Batch) -> float:
         """What the mean divides by."""
-        targets = self.targets(batch)
+        targets = self._labels_or_probabilities(batch)
         if targets.is_floating_point():
             return targets.numel() / targets.shape[self.class_axis]
+        self._refuse_outside(targets, None if self.weight is None else len(self.weight))
         counted = targets[targets != self.ignore_index].long()
         if self.weight is None:
             return float(counted.numel())

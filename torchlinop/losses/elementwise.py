@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinop.batches import Batch
-from torchlinop.errors import LossShapeError, OptionError
+from torchlinop.errors import DataError, LossShapeError, OptionError
 from torchlinop.losses.base import LossOfOutput, OutputMap, Terms, Uniform
 from torchlinop.losses.reduction import Reduction, weighting_of
-from torchlinop.losses.targets import targets_of, variance_of
+from torchlinop.losses.targets import anywhere, own, targets_of, variance_of
 from torchlinop.weighting import Weighting
 
 
@@ -27,7 +27,8 @@ from torchlinop.weighting import Weighting
 class ElementwiseLoss(LossOfOutput):
     """A sum over entries, or their mean; a subclass writes φ and its derivatives.
 
-    Targets of another dtype are converted, those of another shape refused: torch would broadcast
+    Outputs and targets of two dtypes are compared in the wider one, as torch does, and derivatives
+    are rounded to that of the outputs. Targets of another shape are refused: torch would broadcast
     them silently.
     """
 
@@ -52,11 +53,12 @@ class ElementwiseLoss(LossOfOutput):
         """∂²φ/∂f², not negative."""
 
     def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return self._omega(outputs) * self.phi(outputs, self._y(outputs, batch), batch).sum()
+        entries = self.phi(*self._pair(outputs, batch), batch)
+        return entries.sum() if self.reduction == "sum" else entries.mean()
 
     def per_sample(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of every sample alone: (N,)."""
-        entries = self.phi(outputs, self._y(outputs, batch), batch).reshape(len(outputs), -1)
+        entries = self.phi(*self._pair(outputs, batch), batch).reshape(len(outputs), -1)
         return entries.sum(1) if self.reduction == "sum" else entries.mean(1)
 
     def hessian(self, outputs: Tensor, batch: Batch) -> OutputMap:
@@ -65,14 +67,15 @@ class ElementwiseLoss(LossOfOutput):
 
     def terms(self, outputs: Tensor, batch: Batch) -> Terms:
         f, y = self._data(outputs, batch)
-        return self._terms(self.slope(f, y, batch))
+        return self._terms(self.slope(f, y, batch), outputs)
 
     def root(self, outputs: Tensor, batch: Batch) -> Tensor:
         f, y = self._data(outputs, batch)
-        R = (self._omega(f) * self.curvature(f, y, batch)).expand_as(f).sqrt()
+        R = (self._omega(f) * self.curvature(f, y, batch)).expand_as(f).sqrt().to(outputs.dtype)
         return torch.diag_embed(R, dim1=0, dim2=-1) if f.ndim > 1 else R[None]
 
-    def _terms(self, gradients: Tensor) -> Terms:
+    def _terms(self, gradients: Tensor, outputs: Tensor) -> Terms:
+        gradients = gradients.to(outputs.dtype)
         omega = gradients.new_tensor(self._omega(gradients))
         return Terms(gradients, omega, (-1,) if gradients.ndim > 1 else ())
 
@@ -80,16 +83,19 @@ class ElementwiseLoss(LossOfOutput):
         return 1.0 if self.reduction == "sum" else 1 / f.numel()
 
     def _data(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return outputs.detach(), self._y(outputs, batch).detach()
+        f, y = self._pair(outputs, batch)
+        return f.detach(), y.detach()
 
-    def _y(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def _pair(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs f and targets y, in the wider of their dtypes."""
         targets = self.targets(batch)
         if targets.shape != outputs.shape:
             raise LossShapeError(
                 f"expected targets of the outputs' shape {tuple(outputs.shape)}, got "
                 f"{tuple(targets.shape)}, which torch would broadcast; reshape one of them"
             )
-        return targets.to(outputs.dtype)
+        wide = torch.promote_types(outputs.dtype, targets.dtype)
+        return outputs.to(wide), targets.to(wide)
 
     def _count(self, batch: Batch) -> float:
         return float(self.targets(batch).numel())
@@ -113,7 +119,7 @@ class ElementwiseLikelihood(ElementwiseLoss):
 
     def sampled(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Terms:
         f, y = self._data(outputs, batch)
-        return self._terms(self.drawn_slope(f, y, batch, uniform(f.shape).to(f.device)).to(f.dtype))
+        return self._terms(self.drawn_slope(f, y, batch, uniform(f.shape).to(f.device)), outputs)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -145,6 +151,10 @@ class BinaryCrossEntropyWithLogits(ElementwiseLikelihood):
 
     weight: Tensor | None = None  # w, broadcast to the outputs
     pos_weight: Tensor | None = None  # ρ, broadcast to the outputs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weight, self.pos_weight = own(self.weight), own(self.pos_weight)
 
     def phi(self, f: Tensor, y: Tensor, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(
@@ -270,6 +280,9 @@ class GaussianNLL(ElementwiseLikelihood):
 
     The variances are data, read from the batch: in the shape of the outputs, without their last
     axis, or with 1 there.
+
+    Raises:
+        DataError: a variance is negative.
     """
 
     variance: Callable[[Batch], Tensor] = variance_of
@@ -302,7 +315,13 @@ class GaussianNLL(ElementwiseLikelihood):
                 f"expected variances of the outputs' shape {tuple(f.shape)}, or with 1 as last "
                 f"axis, got {tuple(v.shape)}; reshape them"
             )
-        return v.to(f.dtype).clamp_min(self.eps).expand_as(f)
+        if anywhere(v < 0):
+            raise DataError(
+                f"expected variances of 0 or more, got {float(v.min()):.4g}; if the batch holds "
+                "their logarithms, give GaussianNLL variance=lambda batch: batch[2].exp()"
+            )
+        wide = torch.promote_types(f.dtype, v.dtype)
+        return v.to(wide).clamp_min(self.eps).expand_as(f)
 
 
 def poisson_quantile(rate: Tensor, uniform: Tensor) -> Tensor:

@@ -28,8 +28,16 @@ def hf_seq2seq_loss() -> Callable[[nn.Module, TokenBatch], Tensor]:
 
 
 def hf_lm_forward() -> Callable[[nn.Module, TokenBatch], Tensor]:
-    """``model(**batch).logits``: (B, T, V); labels stay out, so that no loss is computed."""
+    """``model(**batch).logits``: (B, T, V); labels stay out, so that no loss is computed.
+
+    An encoder-decoder is given them: it makes the inputs of its decoder from labels.
+    """
     return _logits
+
+
+def hf_seq2seq_forward() -> Callable[[nn.Module, TokenBatch], Tensor]:
+    """``model(**batch).logits`` of an encoder-decoder: (B, T, V) for labels (B, T)."""
+    return _logits_given_labels
 
 
 def hf_lm_loss_of_output(fused: Backend = "auto") -> CrossEntropy:
@@ -39,10 +47,21 @@ def hf_lm_loss_of_output(fused: Backend = "auto") -> CrossEntropy:
     -100 are left out; without labels the tokens themselves are labels where they are attended
     to. ``fused`` names the way of Hessian products: "auto", "eager", "compile" or "triton".
     """
-    return CrossEntropy(targets=shifted_labels, class_axis=-1, fused=fused)
+    return CrossEntropy(
+        targets=shifted_labels, class_axis=-1, fused=fused, unit="unmasked next tokens"
+    )
 
 
-hf_lm_shifted_ce = hf_lm_loss_of_output
+hf_lm_shifted_ce = hf_lm_loss_of_output  # named after what it is: shifted cross-entropy
+
+
+def hf_seq2seq_loss_of_output(fused: Backend = "auto") -> CrossEntropy:
+    """The loss of an encoder-decoder from its logits (B, T, V), averaged over unmasked labels.
+
+    Label and logits of a position belong together; labels of -100 are left out. ``fused`` as for
+    ``hf_lm_loss_of_output``.
+    """
+    return CrossEntropy(targets=labels_of, class_axis=-1, fused=fused)
 
 
 def shifted_labels(batch: TokenBatch) -> Tensor:
@@ -51,16 +70,35 @@ def shifted_labels(batch: TokenBatch) -> Tensor:
     Raises:
         BatchError: the batch has neither labels nor input_ids.
     """
-    if not isinstance(batch, Mapping) or not {"labels", "input_ids"} & {*batch}:
+    labels, tokens = _part(batch, "labels"), _part(batch, "input_ids")
+    if labels is not None:
+        return next_tokens(labels)
+    if tokens is None:
         raise BatchError(
             f"expected a batch with labels or input_ids, got {describe(batch)}; "
             "pass what the tokenizer gives"
         )
-    if batch.get("labels") is not None:
-        return next_tokens(batch["labels"])
-    tokens: Tensor = batch["input_ids"]
-    mask = batch.get("attention_mask")
+    mask = _part(batch, "attention_mask")
     return next_tokens(tokens if mask is None else tokens.masked_fill(mask == 0, IGNORED))
+
+
+def labels_of(batch: TokenBatch) -> Tensor:
+    """The labels (B, T) of a batch.
+
+    Raises:
+        BatchError: it has none.
+    """
+    labels = _part(batch, "labels")
+    if labels is None:
+        raise BatchError(
+            f"expected a batch with labels, got {describe(batch)}; put in the tokens to be "
+            "predicted, with -100 at padding"
+        )
+    return labels
+
+
+def _part(batch: TokenBatch, name: str) -> Tensor | None:
+    return batch.get(name) if isinstance(batch, Mapping) else None
 
 
 def _own_loss(model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -74,5 +112,12 @@ def _own_loss(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    logits: Tensor = model(**{key: batch[key] for key in batch if key != "labels"}).logits
+    of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if of_decoder and _part(batch, "decoder_input_ids") is None:
+        return _logits_given_labels(model, batch)
+    return _logits_given_labels(model, {key: batch[key] for key in batch if key != "labels"})
+
+
+def _logits_given_labels(model: nn.Module, batch: TokenBatch) -> Tensor:
+    logits: Tensor = model(**batch).logits
     return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from torchlinop.batches import Batch
 from torchlinop.errors import OptionError
 from torchlinop.losses.autograd import AutogradLoss, WithHvp
 from torchlinop.losses.base import LossOfOutput
@@ -25,20 +25,8 @@ from torchlinop.losses.elementwise import (
     PoissonRateNLL,
     SmoothL1,
 )
+from torchlinop.losses.given import OfBatch, OfTargets, Targets, unchanged
 from torchlinop.losses.targets import targets_of
-
-Targets = Callable[[Batch], Tensor]
-
-
-@dataclass(frozen=True)
-class OfTargets:
-    """``(outputs, batch) ↦ criterion(outputs, targets(batch))``."""
-
-    criterion: Callable[[Tensor, Tensor], Tensor]
-    targets: Targets
-
-    def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return self.criterion(outputs, self.targets(batch))
 
 
 @dataclass(frozen=True)
@@ -52,10 +40,11 @@ class _Known:
 
     def options_of(self, loss: object) -> Mapping[str, Any] | None:
         """The options of ``loss`` if it is this one, with nothing changed and nothing unknown."""
-        if isinstance(loss, self.module):
-            same = type(loss).forward is self.module.forward and "forward" not in vars(loss)
-            return {name: getattr(loss, name) for name in self.options} if same else None
         function, keywords = _unwrapped(loss)
+        if isinstance(function, self.module):
+            same = type(function).forward is self.module.forward
+            same = same and "forward" not in vars(function) and not keywords
+            return {name: getattr(function, name) for name in self.options} if same else None
         return (
             keywords if function is self.function and keywords.keys() <= {*self.options} else None
         )
@@ -95,17 +84,22 @@ def loss_of_output(loss: object) -> LossOfOutput:
     """The loss as a LossOfOutput, in closed form where it is one of torch's known here.
 
     Knows torch's modules and functionals, ``functools.partial`` of these with keywords, objects
-    with a method ``hvp(outputs, batch, u)``, and any other ``(outputs, batch) -> scalar``.
+    with a method ``hvp(outputs, batch, u)``, and any other ``(outputs, batch) -> scalar``. Their
+    weights are copied; a module of the user's is found with its buffers as they are now, and left
+    as it was.
 
     Raises:
-        OptionError: it cannot be called, or gives no scalar (``reduction="none"``).
+        OptionError: it cannot be called, gives no scalar (``reduction="none"``), or takes more
+            than outputs and batch.
     """
     if isinstance(loss, LossOfOutput):
         return loss
     if _is_of_torch(loss):
         return criterion(loss)
     _refuse_uncallable(loss)
-    return (WithHvp if hasattr(loss, "hvp") else AutogradLoss)(loss)  # type: ignore[arg-type]
+    _refuse_more_arguments(loss, "batch")
+    kind = WithHvp if hasattr(loss, "hvp") else AutogradLoss
+    return kind(OfBatch(unchanged(loss)))
 
 
 def criterion(loss: object, targets: Targets = targets_of) -> LossOfOutput:
@@ -122,7 +116,8 @@ def criterion(loss: object, targets: Targets = targets_of) -> LossOfOutput:
         if options is not None:
             return known.ours(targets=targets, **options)
     _refuse_uncallable(loss)
-    return AutogradLoss(OfTargets(loss, targets))  # type: ignore[arg-type]
+    _refuse_more_arguments(loss, "targets")
+    return AutogradLoss(OfTargets(unchanged(loss), targets))
 
 
 def _unwrapped(loss: object) -> tuple[object, Mapping[str, Any]]:
@@ -135,12 +130,12 @@ def _unwrapped(loss: object) -> tuple[object, Mapping[str, Any]]:
 def _is_of_torch(loss: object) -> bool:
     """Whether it is called with (outputs, targets), as torch's losses and their children are."""
     function, _ = _unwrapped(loss)
-    return isinstance(loss, _Loss) or getattr(function, "__module__", "") == F.__name__
+    return isinstance(function, _Loss) or getattr(function, "__module__", "") == F.__name__
 
 
 def _refuse_unreduced(loss: object) -> None:
-    _, keywords = _unwrapped(loss)
-    if "none" in (keywords.get("reduction"), getattr(loss, "reduction", None)):
+    function, keywords = _unwrapped(loss)
+    if "none" in (keywords.get("reduction"), getattr(function, "reduction", None)):
         raise OptionError(
             f'expected a loss that gives a scalar, got {loss!r} with reduction="none"; '
             'pass reduction="mean" or "sum"'
@@ -153,3 +148,26 @@ def _refuse_uncallable(loss: object) -> None:
             f"expected a loss that can be called, got a {type(loss).__name__}; pass "
             "nn.CrossEntropyLoss(), say, or a function (outputs, batch) -> scalar"
         )
+
+
+def _refuse_more_arguments(loss: Any, second: str) -> None:
+    required = _required_arguments(loss)
+    if len(required) > 2:
+        raise OptionError(
+            f"expected a loss of (outputs, {second}), got {loss!r}, which takes "
+            f"({', '.join(required)}); give loss_of_output_fn a function (outputs, batch) that "
+            "finds them in the batch"
+        )
+
+
+def _required_arguments(loss: Any) -> list[str]:
+    """Names of the positional arguments without default; none where they cannot be known."""
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # written in C++, say
+        return []
+    return [
+        p.name
+        for p in signature.parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchlinop.batches import Batch, describe
 from torchlinop.errors import BatchError
+from torchlinop.weighting import LABELS
 
-TARGETS = ("labels", "label", "targets", "target", "y")
+TARGETS = LABELS
+VARIANCES = ("var", "variance", "variances")
 INPUTS = ("inputs", "input", "x", "image", "images")
 
 
@@ -25,21 +28,36 @@ def targets_of(batch: Batch) -> Tensor:
 
 
 def variance_of(batch: Batch) -> Tensor:
-    """The variances of Gaussian targets: the third part of a tuple or list, or ``var``.
+    """The variances of Gaussian targets: the third part of a tuple or list, or ``var``, say.
 
     Raises:
         BatchError: there is no such part.
     """
-    return _part(batch, 2, ("var",))
+    return _part(batch, 2, VARIANCES)
 
 
 def named_parts(batch: Batch) -> Mapping[str, Any] | None:
-    """The parts of a mapping or dataclass by name; None for other batches."""
+    """The parts of a mapping or dataclass by name; None for batches that go by position.
+
+    A named tuple goes by name if a field has a usual name of targets.
+    """
     if isinstance(batch, Mapping):
         return batch
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, tuple) and {*TARGETS} & {*getattr(batch, "_fields", ())}:
+        return dict(zip(batch._fields, batch, strict=True))  # type: ignore[attr-defined]
     return None
+
+
+def own(weight: Tensor | None) -> Tensor | None:
+    """A copy of a loss's weights: the user may go on changing them in place."""
+    return None if weight is None else weight.detach().clone()
+
+
+def anywhere(condition: Tensor) -> bool:
+    """Whether it holds for an entry; False under vmap, where values cannot be asked for."""
+    return not torch._C._functorch.is_batchedtensor(condition) and bool(condition.any())
 
 
 def unclear(batch: Batch) -> BatchError:

@@ -15,12 +15,12 @@ from torchlinop.losses.next_tokens import next_tokens
 
 def tlens_loss() -> Callable[[nn.Module, Batch], Tensor]:
     """``model(tokens, return_type="loss")``: the mean over all next tokens."""
-    return lambda model, batch: model(tokens_of(batch), return_type="loss")
+    return _own_loss
 
 
 def tlens_forward() -> Callable[[nn.Module, Batch], Tensor]:
     """``model(tokens, return_type="logits")``: (B, T, V)."""
-    return lambda model, batch: model(tokens_of(batch), return_type="logits")
+    return _logits
 
 
 def tlens_loss_of_output(fused: Backend = "auto") -> CrossEntropy:
@@ -28,9 +28,7 @@ def tlens_loss_of_output(fused: Backend = "auto") -> CrossEntropy:
 
     ``fused`` names the way of Hessian products: "auto", "eager", "compile" or "triton".
     """
-    return CrossEntropy(
-        targets=lambda batch: next_tokens(tokens_of(batch)), class_axis=-1, fused=fused
-    )
+    return CrossEntropy(targets=_targets, class_axis=-1, fused=fused, unit="next tokens")
 
 
 def tokens_of(batch: Batch) -> Tensor:
@@ -49,3 +47,18 @@ def tokens_of(batch: Batch) -> Tensor:
         )
     tokens: Tensor = found[0]
     return tokens
+
+
+# Functions of the module, not lambdas, so that losses can be pickled.
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(tokens_of(batch), return_type="loss")
+    return loss
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(tokens_of(batch), return_type="logits")
+    return logits
+
+
+def _targets(batch: Batch) -> Tensor:
+    return next_tokens(tokens_of(batch))
