@@ -8,6 +8,7 @@ from torch import nn
 
 from torchlinop.errors import OptionError
 from torchlinop.losses import hf_lm_loss_of_output
+from torchlinop.operators.fisher import FisherOperator
 from torchlinop.operators.gauss_newton import GGNOperator
 from torchlinop.operators.kfac import EKFACOperator, KFACOperator
 from torchlinop.testing import gallery
@@ -175,6 +176,16 @@ def test_the_trace_of_monte_carlo_has_that_of_the_fisher_as_its_expectation():
         [ekfac("mlp", fisher_type="mc", sampling_seed=s).trace() for s in range(100)]
     )
     assert abs(float((traces.mean() - exact) / (traces.std() / 10))) < 4
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("name", ["mlp", "regression", "labelled_sequences", "real_sequences"])
+def test_the_trace_of_monte_carlo_is_that_of_the_fisher_with_the_same_draws(name, draws):
+    # The steps of sequences mix: products of different loss terms would show.
+    p = problem(name)
+    F = FisherOperator(p.model, p.batches, p.forward_fn, p.criterion, mc_samples=draws)
+    E = ekfac(name, fisher_type="mc", mc_samples=draws)
+    assert float(E.trace()) == pytest.approx(float(F.to_dense().trace()), rel=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 1, 3), (4, 1)])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchlinop.errors import KFACCoverageError
 from torchlinop.operators.kfac.features import Dense, OneHot
 from torchlinop.operators.kfac.layers import layer_of, patches
 from torchlinop.testing import dense_kfac, gallery
@@ -127,6 +128,32 @@ def test_gradients_of_samples_follow_from_features_and_output_gradients(name):
 )
 def test_other_modules_have_no_rule(layer):
     assert layer_of("layer", layer) is None
+
+
+def test_inputs_that_do_not_begin_with_samples_are_refused():
+    message = r"input of inner to begin with an axis of 4 samples, got shape \(5, 6, 3\); put"
+    with pytest.raises(KFACCoverageError, match=message):
+        layer_of("inner", nn.Linear(3, 2)).refuse_other_axes(torch.zeros(5, 6, 3), 4)
+    with pytest.raises(KFACCoverageError, match="input of the model itself to begin"):
+        layer_of("", nn.Linear(3, 2)).refuse_other_axes(torch.zeros(5, 3), 4)
+
+
+def fits(layer, x, y):
+    try:
+        return layer.fits(x.to("meta"), y.to("meta"), len(x))
+    except RuntimeError:  # the shapes do not even allow the products
+        return False
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_fit_the_shapes_they_have_and_no_others(name):
+    build, x = LAYERS[name]
+    module = build().to(torch.float32)
+    x = x.to(torch.float32) if x.is_floating_point() else x
+    layer, y = layer_of("layer", module), module(x)
+    assert fits(layer, x, y)
+    assert not fits(layer, x, y.new_empty(*y.shape[:-1], 11))
+    assert not fits(layer, x, y.new_empty(2, 13, *y.shape[2:]))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

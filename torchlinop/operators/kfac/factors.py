@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torchlinop.errors import NonFiniteError
 from torchlinop.from_model import OutputObjective
 from torchlinop.operators.eigenbasis import (
     Eigenbasis,
@@ -39,7 +40,7 @@ Entries = slice | Tensor
 
 
 class Observer:
-    """Sums over batches, in float64, of what passes by."""
+    """Sums over batches, in float64, of what each gives in the dtype of the parameters."""
 
     def see_inputs(self, tape: Tape) -> None:
         """Once for every batch."""
@@ -70,21 +71,22 @@ class Constant(Part):
         return self.finished
 
 
-@dataclass
+@dataclass(frozen=True)
 class InputMoment:
     """Sums for ``A``, the mean of ``a aᵀ``."""
 
-    total: Tensor | None = None
-    number: Tensor | None = None
+    total: Tensor
+    number: Tensor
 
-    def add(self, features: Features) -> None:
-        self.total = _plus(self.total, features.moment())
-        self.number = _plus(self.number, features.counted.sum())
+    @classmethod
+    def of(cls, features: Features) -> InputMoment:
+        return cls(features.moment().double(), features.counted.sum().double())
+
+    def __add__(self, other: InputMoment) -> InputMoment:
+        return InputMoment(self.total + other.total, self.number + other.number)
 
     @property
     def A(self) -> Tensor:  # noqa: N802  # a matrix
-        assert self.total is not None
-        assert self.number is not None
         return self.total / self.number.clamp_min(1)
 
 
@@ -138,8 +140,9 @@ class KroneckerPart(Part):
         for use in self.uses:
             if use.layer.name in tape.calls:
                 features = use.features(tape)
-                features = features.reduced() if self.reduced else features
-                self.inputs.setdefault(use.layer.name, InputMoment()).add(features)
+                moment = InputMoment.of(features.reduced() if self.reduced else features)
+                earlier = self.inputs.get(use.layer.name)
+                self.inputs[use.layer.name] = earlier + moment if earlier else moment
 
     def block(self, dtype: torch.dtype) -> KroneckerBlock:
         return self._eigendecomposition(dtype)[0]
@@ -206,7 +209,7 @@ class CorrectedPart(Part):
 class DensePart(Part):
     """``Σ_v Σ_n γ_vn γ_vnᵀ``, exact, for few parameters: γ joins the gradients of some tensors."""
 
-    entries: Entries
+    entries: Tensor
     uses: Sequence[list[Use]]  # for every tensor
     sizes: Sequence[int]
     total: Tensor | None = None
@@ -223,7 +226,8 @@ class DensePart(Part):
 
     def block(self, dtype: torch.dtype) -> KroneckerBlock:
         size = sum(self.sizes)
-        C = torch.zeros(size, dtype=torch.float64) if self.total is None else self.total
+        zeros = torch.zeros(size, dtype=torch.float64, device=self.entries.device)
+        C = zeros if self.total is None else self.total
         pairs = [(C, C.new_ones(1))]
         return kronecker_sum(self.entries, pairs, common_bases(pairs), dtype)
 
@@ -259,25 +263,29 @@ def collect(
     """Show all data to the observers.
 
     Costs a forward pass, and a backward pass for every vector.
+
+    Raises:
+        KFACCoverageError: the input of a layer does not begin with the samples.
+        NonFiniteError: derivatives of the loss are NaN or infinite.
     """
     with closing(numbered(objective)) as batches:  # type: ignore[type-var]  # a generator
         for b, batch, share in batches:
             with recorded(objective, b, batch, layers) as tape:
-                _show(
-                    tape, observers, vectors(tape.outputs.detach(), batch, b, tape.samples), share
-                )
+                tape.refuse_other_axes()
+                for observer in observers:
+                    observer.see_inputs(tape)
+                for V in vectors(tape, batch, b):
+                    _refuse_nonfinite(V, b)
+                    gradients = tape.gradients(V)
+                    for observer in observers:
+                        observer.see_gradients(tape, V, gradients, share)
 
 
-def _show(
-    tape: Tape, observers: Sequence[Observer], vectors: Iterator[Tensor], share: float
-) -> None:
-    for observer in observers:
-        observer.see_inputs(tape)
-    for V in vectors:
-        for chunk in V.split(tape.vectors_at_once()):
-            gradients = tape.gradients(chunk)
-            for observer in observers:
-                observer.see_gradients(tape, chunk, gradients, share)
+def _refuse_nonfinite(V: Tensor, b: int) -> None:
+    if not torch.isfinite(V).all():
+        raise NonFiniteError(
+            f"derivatives of the loss on batch {b} hold NaN or infinity; clean its targets"
+        )
 
 
 def _plus(total: Tensor | None, term: Tensor, share: float = 1.0) -> Tensor:

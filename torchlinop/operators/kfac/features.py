@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Dense(Features):
         return Dense(self.counted[samples], self.a[samples])
 
     def followed_by(self, other: Features) -> Dense:
-        assert isinstance(other, Dense)
+        other = cast(Dense, other)
         return Dense(torch.cat([self.counted, other.counted], 1), torch.cat([self.a, other.a], 1))
 
     def with_one(self) -> Dense:
@@ -147,7 +148,7 @@ class OneHot(Features):
         return OneHot(self.counted[samples], self.ids[samples], self.size)
 
     def followed_by(self, other: Features) -> OneHot:
-        assert isinstance(other, OneHot)
+        other = cast(OneHot, other)
         counted = torch.cat([self.counted, other.counted], 1)
         return OneHot(counted, torch.cat([self.ids, other.ids], 1), self.size)
 

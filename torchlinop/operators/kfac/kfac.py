@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack, get_args
 
 from torch import nn
 
 from torchlinop.batches import Batch
 from torchlinop.errors import OptionError
-from torchlinop.from_model import ObjectiveOptions, OutputObjective, output_objective
+from torchlinop.from_model import (
+    ObjectiveOptions,
+    OutputObjective,
+    output_objective,
+    refuse_bad_seed,
+)
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.model_state import unwrap
 from torchlinop.operators.kfac.coverage import Policy, refuse_unfit_modules, survey
@@ -37,14 +42,18 @@ class KFACOperator(KroneckerOperator):
     For a weight W (d_out, d_in), row-major, the block is ``B ⊗ A``. A is the mean of ``a aᵀ`` over
     samples and positions (tokens, places of an image), B the sum of ``g gᵀ`` over the vectors v
     with ``Σ v vᵀ = ∇²L``, where g is v backpropagated to the output of the layer. A bias has the
-    block B. Loss terms of one sample are never mixed: for outputs that are sequences the
-    expectation of "mc" is "type-2".
+    block B. Loss terms of one sample are never mixed, for "mc" neither.
 
-    Equal to the GGN's block for one sample (jointly), for linear networks with squared errors,
-    and in general an approximation. A tied weight gets the sum of the products of its uses,
-    projected on one eigenbasis, so that its trace is kept. Normalisations get their exact block
-    of (weight, bias). Embeddings count their rows, for "reduce" too. Padding (an
-    ``attention_mask`` in the batch) does not count.
+    Equal to the GGN's block (of weight and bias jointly) for one sample with one loss term, in
+    layers applied at one position; for weights of linear networks with squared errors; and in
+    general an approximation. A tied weight gets the sum of the products of its uses, projected on
+    one eigenbasis, so that its trace is kept. Normalisations get their exact block of (weight,
+    bias). Embeddings count their rows, for "reduce" too.
+
+    Padding does not count in A: positions that are 0 in an ``attention_mask`` (N, T) of the batch,
+    for every layer with as many positions as that has tokens. No mask is applied to a batch with
+    keys ``decoder_...``, or with integer ``labels`` of another length, as two sequences cannot be
+    told apart by their lengths.
 
     Args:
         model, dataloader, forward_fn, loss_of_output_fn: as for ``GGNOperator``.
@@ -60,15 +69,19 @@ class KFACOperator(KroneckerOperator):
             ``"skip"`` an identity and a zero block.
         **options: see ``ObjectiveOptions``.
 
-    The factors are computed here, once: a forward pass of the data and a backward pass for every
-    vector (C for C classes, times the loss terms of a sample; ``mc_samples`` of them for "mc"),
-    and one eigendecomposition of every factor. Memory: activations of a batch, the factors, and
-    their eigenvectors. A product costs about as much as one with every factor.
+    Computed here, once; neither model nor data are kept. Costs of finding out what is covered:
+    two forward and ``2 + 2 log₂ N`` backward passes of the data. Costs of the factors: a forward
+    pass of the data, a backward pass for every vector (C for C classes, ``mc_samples`` for "mc",
+    one for "empirical", each times the loss terms of a sample), and an eigendecomposition of every
+    factor. Memory: activations of a batch, the factors, and their eigenvectors; for "type-2" also
+    C vectors of the size of the outputs of a batch, that is C² numbers for every loss term: for
+    large vocabularies choose "mc", or a small ``microbatch_size``. A product costs about as much
+    as one with every factor.
 
     Raises:
         KFACCoverageError: a parameter has no rule, or a layer's input does not begin with the
-            samples; SampleMixingError: samples depend on each other; OptionError; and as
-            ``GGNOperator``.
+            samples; SampleMixingError: samples depend on each other; NonFiniteError: inputs,
+            outputs or derivatives on a batch are; OptionError; and as ``GGNOperator``.
 
     Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
     curvature, ICML 2015; Grosse and Martens, A Kronecker-factored approximate Fisher matrix for
@@ -95,6 +108,7 @@ class KFACOperator(KroneckerOperator):
         _refuse_unknown("approximation", approximation, get_args(Approximation))
         _refuse_unknown("unsupported", unsupported, get_args(Policy))
         _refuse_bad_draws(mc_samples)
+        refuse_bad_seed("sampling_seed", sampling_seed)
         with_gradients = fisher_type != "forward-only"
         if not with_gradients:
             self._refuse_no_gradients(unsupported)
@@ -102,11 +116,10 @@ class KFACOperator(KroneckerOperator):
         objective = output_objective(
             model, dataloader, forward_fn, loss_of_output_fn, of_samples=True, **options
         )
-        vectors = _VECTORS[fisher_type](objective, mc_samples, sampling_seed)
+        vectors = _vectors(fisher_type, objective, mc_samples, sampling_seed)
         refuse_mixed_samples(objective, objective.function.outputs)
         facts = preflight(objective, second_order=False, of=objective.function.outputs)
         found = survey(objective, facts.unused, with_gradients)
-        self.objective = objective
         self.coverage = found.coverage(objective, unsupported)
         self.coverage.enforce()
         plan = Plan(separate_weight_and_bias, approximation == "reduce", with_gradients)
@@ -116,7 +129,7 @@ class KFACOperator(KroneckerOperator):
             self._blocks(objective, found.layers, made, vectors),
             layout=objective.layout,
             description=[*objective.description, f"{fisher_type}, {approximation}"],
-            notes=[self.coverage.summary, *facts.notes(objective)[:-1]],  # no graphs are kept
+            notes=[self.coverage.summary, *_without_graphs(facts.notes(objective))],
         )
 
     def _blocks(
@@ -170,14 +183,23 @@ class EKFACOperator(KFACOperator):
         )
 
 
-_VECTORS: dict[FisherType, Callable[[OutputObjective, int, int], Vectors]] = {
-    "type-2": lambda objective, draws, seed: HessianRoot(objective.function.loss),
-    "mc": lambda objective, draws, seed: sampled_gradients(
-        objective.function.loss, draws, seed, objective.data.starts
-    ),
-    "empirical": lambda objective, draws, seed: TermGradients(objective.function.loss),
-    "forward-only": lambda objective, draws, seed: NoVectors(),
-}
+def _vectors(fisher_type: FisherType, objective: OutputObjective, draws: int, seed: int) -> Vectors:
+    loss = objective.function.loss
+    match fisher_type:
+        case "type-2":
+            return HessianRoot(loss)
+        case "mc":
+            objective.data.refuse_reordering()
+            return sampled_gradients(loss, draws, seed, objective.data.starts)
+        case "empirical":
+            return TermGradients(loss)
+        case "forward-only":
+            return NoVectors()
+
+
+def _without_graphs(notes: Sequence[str]) -> list[str]:
+    """All but what graphs would need that are kept: none are."""
+    return [note for note in notes if not note.startswith("memory:")]
 
 
 def _refuse_unknown(name: str, value: str, choices: Sequence[str]) -> None:

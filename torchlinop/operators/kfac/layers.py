@@ -33,14 +33,13 @@ class Layer(ABC):
         """For people."""
 
     def input_at_all_samples(self, x: Tensor, samples: int) -> Tensor:
-        """The input with a sample axis of full length where one input serves all samples.
+        """The input that serves all samples, with a sample axis of full length.
 
         Positions, which are the same for all, are often looked up once. So every sample gets a
         gradient of its own.
         """
-        if self.shared:
-            return x.expand(samples, *x.shape)
-        return x.expand(samples, *x.shape[1:]) if x.shape[:1] == (1,) and x.ndim > 1 else x
+        one_row = x.shape[:1] == (1,) and x.ndim > 1
+        return x.expand(samples, *(x.shape[1:] if one_row else x.shape))
 
     @property
     def least_axes(self) -> int:
@@ -55,14 +54,22 @@ class Layer(ABC):
         """Raise KFACCoverageError unless the input begins with the samples."""
         if not self.begins_with_samples(x, samples):
             raise KFACCoverageError(
-                f"expected the input of {self.name} to begin with an axis of {samples} samples, "
-                f"got shape {tuple(x.shape)}; put the samples first in the model, or leave its "
-                "parameters out with param_filter"
+                f"expected the input of {self.name or 'the model itself'} to begin with an axis of "
+                f"{samples} samples, got shape {tuple(x.shape)}; put the samples first in the "
+                "model, or leave its parameters out with param_filter"
             )
 
     @abstractmethod
     def by_position(self, g: Tensor, samples: int) -> Tensor:
         """What has the shape of the output, (k, R, ...): (k, N, S, d_out)."""
+
+    @abstractmethod
+    def fits(self, x: Tensor, y: Tensor, samples: int) -> bool:
+        """Whether an input, an output and the weight have shapes that belong together.
+
+        Subclasses may compute something else than their class says. Where shapes do not even
+        allow the computation, torch's RuntimeError passes through.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,12 @@ class KroneckerLayer(Layer):
     def without_padding(self, g: Tensor, x: Tensor, samples: int) -> Tensor:
         """Gradients (k, N, S, d_out) as far as they reach the weight."""
         return g
+
+    def fits(self, x: Tensor, y: Tensor, samples: int) -> bool:
+        g = self.without_padding(self.by_position(y[None], samples), x, samples)
+        G = self.features(x, samples, None).pair(g)
+        weight = cast(Tensor, self.module.weight)  # not always a parameter: it may be normalised
+        return G.shape[2:].numel() == weight.numel()
 
 
 class LinearLayer(KroneckerLayer):
@@ -192,9 +205,14 @@ class ScaleLayer(Layer):
         return self.by_position((scaled - unscaled)[None], samples)[0]
 
     def by_position(self, g: Tensor, samples: int) -> Tensor:
-        weight = self.module._parameters["weight"]
-        assert weight is not None
-        return g.reshape(len(g), samples, -1, weight.numel())
+        return g.reshape(len(g), samples, -1, self._weight.numel())
+
+    def fits(self, x: Tensor, y: Tensor, samples: int) -> bool:
+        return x.shape == y.shape and y.shape[-self._weight.ndim :] == self._weight.shape
+
+    @property
+    def _weight(self) -> Tensor:
+        return cast(Tensor, self.module.weight)
 
     @contextmanager
     def _with_scale(self, scale: float) -> Iterator[None]:
@@ -217,10 +235,21 @@ class ChannelScaleLayer(ScaleLayer):
     def by_position(self, g: Tensor, samples: int) -> Tensor:
         return super().by_position(g.movedim(2, -1), samples)
 
+    def fits(self, x: Tensor, y: Tensor, samples: int) -> bool:
+        return x.shape == y.shape and y.shape[1:2] == self._weight.shape
+
 
 def layer_of(name: str, module: nn.Module) -> Layer | None:
     """The module as a layer that K-FAC knows; None for all others."""
     return next((layer(name, module) for fits, layer in _LAYERS if fits(module)), None)
+
+
+def why_no_rule(module: nn.Module, key: str) -> str:
+    """For a parameter of a module, by its name there, to which no rule applies."""
+    name = type(module).__name__
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        return f"{name} scales gradients by frequencies in the batch; build it without"
+    return f"no K-FAC rule for {name if layer_of('', module) is None else f'{key} of {name}'}"
 
 
 def _is(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -245,6 +274,7 @@ _LAYERS: tuple[tuple[Callable[[nn.Module], bool], Callable[[str, nn.Module], Lay
     (_is(nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionLayer),
     (_is_linear_lookup, LookupLayer),
     (_is(*_Norms), ChannelScaleLayer),
+    (_is(nn.LayerNorm, nn.RMSNorm), ScaleLayer),
     (_named("RMSNorm", "LayerNorm"), ScaleLayer),
     (_named("Conv1D"), TransposedLinearLayer),
 )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from torchlinop.from_model import OutputObjective
-from torchlinop.operators.kfac.coverage import Policy, Survey
+from torchlinop.operators.kfac.coverage import Policy, Survey, Uses
 from torchlinop.operators.kfac.factors import (
     Constant,
     DensePart,
@@ -22,8 +23,6 @@ from torchlinop.operators.kfac.layers import KroneckerLayer, Layer, ScaleLayer
 from torchlinop.operators.kfac.uses import KroneckerUse, joint_use, use_of
 from torchlinop.operators.kronecker import diagonal_block
 from torchlinop.parameters import ParameterLayout, Slot
-
-_Uses = Mapping[str, Sequence[tuple[Layer, str]]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def parts_of(objective: OutputObjective, found: Survey, policy: Policy, plan: Pl
     return Parts(parts, list(moments.values()))
 
 
-def _groups(layout: ParameterLayout, uses: _Uses, separate: bool) -> list[list[Slot]]:
+def _groups(layout: ParameterLayout, uses: Uses, separate: bool) -> list[list[Slot]]:
     """Slots that make one block: weight and bias of a normalisation, and of others if so asked.
 
     A tied parameter makes a block of its own.
@@ -90,8 +89,7 @@ def _matrix(
     slots: Sequence[Slot], uses: Sequence[tuple[Layer, str]], like: Tensor
 ) -> tuple[slice | Tensor, tuple[int, int], list[KroneckerUse]]:
     """Where a matrix (r, c) of parameters is in the vector, and where it acts."""
-    layer, slot = uses[0][0], slots[0]
-    assert isinstance(layer, KroneckerLayer)
+    layer, slot = cast(KroneckerLayer, uses[0][0]), slots[0]
     if len(slots) == 2:
         indices = _joint_matrix(layer, slots, like)
         return indices.flatten(), (indices.shape[0], indices.shape[1]), [joint_use(layer)]

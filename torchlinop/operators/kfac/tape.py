@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torchlinop.batches import Batch, count_samples
-from torchlinop.errors import LossShapeError
+from torchlinop.errors import BatchError, LossShapeError
 from torchlinop.from_model import OutputObjective
 from torchlinop.operators.kfac.features import Features
 from torchlinop.operators.kfac.layers import KroneckerLayer, Layer, ScaleLayer
 
 log = logging.getLogger("torchlinop")
 
-_ENTRIES_AT_ONCE = 2**24  # of gradients at layer outputs, in one batched backward pass
+_ENTRIES_AT_ONCE = 2**24  # of vectors and gradients at layer outputs, in one backward pass
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Tape:
     calls: Mapping[str, Sequence[Call]]  # by the name of the layer
     like: Tensor = field(repr=False)  # of the dtype and device that factors have
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether what the layers got, and the outputs, hold neither NaN nor infinity."""
+        seen = [self.outputs, *(call.x for calls in self.calls.values() for call in calls)]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in seen)
+
     def without(self, layers: Collection[str]) -> Tape:
         """The same without the calls of some layers."""
         return replace(self, calls={n: c for n, c in self.calls.items() if n not in layers})
@@ -66,26 +72,26 @@ class Tape:
         return torch.cat([self._cast(layer.normalised(c.x, self.samples)) for c in calls], 1)
 
     def gradients(self, V: Tensor) -> dict[str, Tensor]:
-        """``(∂f/∂y)ᵀ v`` for vectors (k, *outputs.shape): (k, N, S, d_out) by layer name.
-
-        Raises:
-            KFACCoverageError: the input of a layer does not begin with the samples.
-        """
+        """``(∂f/∂y)ᵀ v`` for vectors (k, *outputs.shape): (k, N, S, d_out) by layer name."""
         calls = [call for calls in self.calls.values() for call in calls]
         if not calls:
             return {}
-        for call in calls:
-            call.layer.refuse_other_axes(call.x, self.samples)
         pulled = iter(self._pulled(calls, V.to(self.outputs.dtype)))
         return {
             name: torch.cat([self._by_position(c, next(pulled)) for c in of_layer], 2)
             for name, of_layer in self.calls.items()
         }
 
+    def refuse_other_axes(self) -> None:
+        """Raise KFACCoverageError unless the inputs of all layers begin with the samples."""
+        for calls in self.calls.values():
+            for call in calls:
+                call.layer.refuse_other_axes(call.x, self.samples)
+
     def vectors_at_once(self) -> int:
-        """How many vectors one backward pass takes."""
-        entries = sum(call.output.numel() for calls in self.calls.values() for call in calls)
-        return max(1, _ENTRIES_AT_ONCE // max(1, entries))
+        """How many vectors one backward pass takes, by what they and the gradients need."""
+        of_layers = sum(call.output.numel() for calls in self.calls.values() for call in calls)
+        return max(1, _ENTRIES_AT_ONCE // max(1, self.outputs.numel() + of_layers))
 
     def parameter_gradient(self, v: Tensor) -> Tensor:
         """``Jᵀ v`` for one vector in the shape of the outputs: (n,)."""
@@ -141,6 +147,7 @@ def recorded(
 
     Raises:
         LossShapeError: the outputs do not depend on the parameters.
+        BatchError: the attention mask is no mask.
     """
     number = count_samples(batch)
     calls: dict[str, list[Call]] = {}
@@ -148,26 +155,38 @@ def recorded(
 
     def spread(layer: Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x, put = _input(args, kwargs)
-            return put(layer.input_at_all_samples(x, number)) if number else None
+            x = _input(args, kwargs)
+            if x is None or not number:
+                return None
+            spread_x = layer.input_at_all_samples(x, number)
+            if args:
+                return (spread_x, *args[1:]), kwargs
+            return args, {**kwargs, next(iter(kwargs)): spread_x}
 
         return hook
 
-    def record(layer: Layer) -> Callable[..., None]:
+    def record(layer: Layer) -> Callable[..., Any]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: object
-        ) -> None:
-            if recording and isinstance(y, Tensor) and y.requires_grad:
-                x, _ = _input(args, kwargs)
+        ) -> Tensor | None:
+            x = _input(args, kwargs)
+            # A layer called with no rows, as an expert without tokens, has done nothing.
+            if x is None or not x.numel() or not isinstance(y, Tensor) or not y.requires_grad:
+                return None
+            # An operation in place on a view would rewrite its graph, without this edge.
+            y = y.clone() if y._is_view() else y
+            if recording:
                 call = Call(layer, x.detach(), get_gradient_edge(y), y.detach().to("meta"))
                 calls.setdefault(layer.name, []).append(call)
+            return y
 
         return hook
 
     # Borrowing restores everything about the modules, hooks included.
     with objective.evaluating(b, batch, objective.function.outputs) as f:
         for layer in layers:
-            layer.module.register_forward_pre_hook(spread(layer), with_kwargs=True)
+            if layer.shared:
+                layer.module.register_forward_pre_hook(spread(layer), with_kwargs=True)
             layer.module.register_forward_hook(record(layer), with_kwargs=True, prepend=True)
         theta = objective.theta.detach().requires_grad_()
         outputs = f(theta)
@@ -187,18 +206,30 @@ def numbered(objective: OutputObjective) -> Iterator[tuple[int, Batch, float]]:
         yield b, batch, share
 
 
-def _input(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The first argument of a module, and its arguments with another one in its place."""
-    if args:
-        return args[0], lambda x: ((x, *args[1:]), kwargs)
-    key = next(iter(kwargs))
-    return kwargs[key], lambda x: (args, {**kwargs, key: x})
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first argument of a module, if it is a tensor."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    return x if isinstance(x, Tensor) else None
 
 
 def _mask(batch: Batch, samples: int) -> Tensor | None:
-    """Which tokens are no padding (N, T), if the batch says so."""
+    """Which tokens are no padding (N, T), if the batch says so.
+
+    None where another sequence, of a decoder, might be mistaken for the one that is masked.
+
+    Raises:
+        BatchError: it holds other numbers than zeros and ones.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == samples
-    return mask if fits else None
+    if not (isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == samples):
+        return None
+    if not ((mask == 0) | (mask == 1)).all():
+        raise BatchError(
+            "expected an attention_mask of zeros and ones, got numbers from "
+            f"{mask.min().item():.3g} to {mask.max().item():.3g}; give the model other masks "
+            "under another key of the batch"
+        )
+    labels = batch.get("labels")
+    of_tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    other = of_tokens and labels.shape != mask.shape
+    return None if other or any(str(key).startswith("decoder_") for key in batch) else mask

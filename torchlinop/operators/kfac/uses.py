@@ -122,8 +122,7 @@ def use_of(layer: Layer, key: str) -> Use:
     """The use of the parameter ``key``, "weight" or "bias", of a layer."""
     if isinstance(layer, ScaleLayer):
         return ScaleUse(layer) if key == "weight" else ShiftUse(layer)
-    assert isinstance(layer, KroneckerLayer)
-    return KroneckerUse(layer, _all if key == "weight" else _ones)
+    return KroneckerUse(cast(KroneckerLayer, layer), _all if key == "weight" else _ones)
 
 
 def joint_use(layer: KroneckerLayer) -> KroneckerUse:
