@@ -2,6 +2,25 @@
 
 from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
 from torchlinop.algorithms.block_coupling import BlockCoupling, block_coupling
+from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
+from torchlinop.algorithms.diagonal import diagonal
+from torchlinop.algorithms.eigen_result import EigenResult
+from torchlinop.algorithms.extremal import condition_number, extremal_eigenvalues
+from torchlinop.algorithms.lanczos import lanczos
+from torchlinop.algorithms.lobpcg import lobpcg
+from torchlinop.algorithms.matrix_function import apply_function
+from torchlinop.algorithms.minres import minres
+from torchlinop.algorithms.norms import norm
+from torchlinop.algorithms.nystrom import nystrom
+from torchlinop.algorithms.power_iteration import deflated_power_iteration, power_iteration_one
+from torchlinop.algorithms.quadrature import logdet, slq
+from torchlinop.algorithms.randomized_eigh import randomized_eigh
+from torchlinop.algorithms.solve import inverse, solve
+from torchlinop.algorithms.spectral_density import spectral_density
+from torchlinop.algorithms.spectrum import LanczosConfig, compute_spectrum, create_operator
+from torchlinop.algorithms.stochastic_power_iteration import stochastic_power_iteration
+from torchlinop.algorithms.trace import hutch_plus_plus, hutchinson, trace, xnystrace, xtrace
+from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
 from torchlinop.derivatives import FiniteDifference, ForwardOverReverse, ReverseOverReverse
 from torchlinop.errors import TorchlinopError, TorchlinopWarning
 from torchlinop.operators.base import CurvatureOperator
@@ -31,6 +50,7 @@ __all__ = [
     "CurvatureOperator",
     "DiagonalOperator",
     "EKFACOperator",
+    "EigenResult",
     "EmpiricalFisherOperator",
     "FiniteDifference",
     "FisherOperator",
@@ -42,18 +62,46 @@ __all__ = [
     "JacobianOperator",
     "KFACOperator",
     "LambdaOperator",
+    "LanczosConfig",
     "MatrixOperator",
     "ParameterLayout",
     "ReverseOverReverse",
     "TorchlinopError",
     "TorchlinopWarning",
     "VectorSpace",
+    "apply_function",
     "as_linear_operator",
     "block_coupling",
+    "compute_spectrum",
+    "condition_number",
+    "conjugate_gradient",
+    "create_operator",
+    "deflated_power_iteration",
+    "diagonal",
+    "extremal_eigenvalues",
     "from_linear_operator",
     "ggn_diagonal",
+    "hutch_plus_plus",
+    "hutchinson",
+    "inverse",
+    "lanczos",
+    "lanczos_tridiagonal",
+    "lobpcg",
+    "logdet",
     "match_names",
     "match_regex",
+    "minres",
+    "norm",
+    "nystrom",
+    "power_iteration_one",
+    "randomized_eigh",
+    "slq",
+    "solve",
+    "spectral_density",
+    "stochastic_power_iteration",
+    "trace",
+    "xnystrace",
+    "xtrace",
 ]
 
 __version__ = "0.1.0"

@@ -1,0 +1,38 @@
+"""The spectrum of a trained classifier: a bulk, and as many outliers as classes but one."""
+
+import torch
+
+from torchlinop import HessianOperator
+from torchlinop.algorithms.spectral_density import spectral_density
+from torchlinop.demo import digits_mlp
+from torchlinop.testing.oracles import dense_hessian
+
+problem = digits_mlp(steps=30)  # 10 classes; longer training moves outliers into the bulk
+H = HessianOperator(problem.model, problem.batches, problem.loss_fn)
+
+# Eight probes, eighty products each; all probes advance together, and no basis is stored.
+result = spectral_density(H, num_runs=8, lanczos_steps=80)
+print(result, "\n")
+values = result.outliers.values.flip(0)  # what stands aside of the bulk, largest first
+print("outliers:", *(f"{value:.3f}" for value in values.tolist()))
+largest_gap = int((values[:-1] / values[1:]).argmax()) + 1
+print(f"the largest gap comes after {largest_gap}, for ten classes\n")
+
+# What was multiplied is kept: other widths, scales and functions cost no further product.
+quadrature = result.quadrature
+fine = quadrature.density(torch.linspace(-0.1, 0.1, 5), sigma=0.01)
+print("density near zero:", *(f"{d:.2f} ± {e:.2f}" for d, e in zip(*fine, strict=True)))
+print("trace:", quadrature.spectral_sum(lambda t: t))
+
+# The log-log picture: how many eigenvalues there are of each size.
+print("\nlog10 |λ|     λ < 0     λ > 0   (fraction of eigenvalues per decade)")
+exponents = torch.linspace(-5, 1, 7, dtype=torch.float64)
+negative, positive = (quadrature.log_density(exponents, 0.3, sign=s).value for s in (-1, 1))
+for x, below, above in zip(exponents.tolist(), negative.tolist(), positive.tolist(), strict=True):
+    print(f"{x:9.0f} {below:9.4f} {above:9.4f}")
+
+exact = torch.linalg.eigvalsh(dense_hessian(problem.full_loss, problem.parameters, rows_at_once=64))
+print("\nfor comparison: the dense answer")
+print("largest: ", *(f"{value:.3f}" for value in exact[-10:].flip(0).tolist()))
+print(f"trace:    {float(exact.sum()):.4f}")
+print(f"negative: {float((exact < -1e-10).double().mean()):.2%} of the eigenvalues")

@@ -1,0 +1,77 @@
+"""What is saved is what is loaded."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchlinop import ParameterLayout
+from torchlinop.algorithms.result import Result
+from torchlinop.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Answer(Result):
+    values: Tensor
+    coarse: Tensor
+    count: int
+    error: float
+    exact: bool
+    missing: Tensor | None
+    dtype: torch.dtype
+    layout: ParameterLayout | None
+    warnings: tuple[str, ...]
+
+    _columns: ClassVar[tuple[str, ...]] = ("values",)
+
+
+@dataclass(frozen=True)
+class Other(Result):
+    count: int
+
+
+LAYOUT = ParameterLayout.of(nn.Linear(2, 3))
+ANSWER = Answer(
+    torch.tensor([2.0, math.nan], dtype=torch.float64),
+    torch.tensor([0.5], dtype=torch.bfloat16),
+    7, math.inf, True, None, torch.bfloat16, LAYOUT, ("slow", "noisy"),
+)  # fmt: skip
+
+
+def test_every_kind_of_field_survives_a_file(tmp_path):
+    ANSWER.save(tmp_path / "a.safetensors")
+    loaded = Answer.load(tmp_path / "a.safetensors")
+    torch.testing.assert_close(loaded.values, ANSWER.values, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(loaded.coarse, ANSWER.coarse)
+    names = ("count", "error", "exact", "missing", "dtype", "layout", "warnings")
+    assert [getattr(loaded, n) for n in names] == [getattr(ANSWER, n) for n in names]
+
+
+def test_a_file_of_another_result_is_refused(tmp_path):
+    Other(3).save(tmp_path / "o.safetensors")
+    with pytest.raises(OptionError, match=r"expected a Answer of format 1 in .*, got a Other"):
+        Answer.load(tmp_path / "o.safetensors")
+
+
+def test_numpy_reads_tensors_and_numbers(tmp_path):
+    ANSWER.save_npz(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert sorted(arrays) == ["coarse", "count", "error", "exact", "values"]
+        assert arrays["coarse"].tolist() == [0.5]
+        assert int(arrays["count"]) == 7
+
+
+def test_scalars_are_numbers_and_entries_of_columns():
+    scalars = ANSWER.scalars()
+    assert scalars.keys() == {"values/1", "values/2", "count", "error", "exact"}
+    assert scalars["values/1"] == 2.0
+
+
+def test_a_table_without_pandas_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+    with pytest.raises(OptionError, match="this needs pandas; run: pip install pandas"):
+        ANSWER.to_dataframe()

@@ -1,0 +1,82 @@
+"""tr A = E[ωᵀ A ω]: the mean over independent probes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from torchlinop.algorithms.probes import Probes, forms, on_host
+from torchlinop.errors import OptionError
+from torchlinop.operators.base import CurvatureOperator
+from torchlinop.space import Distribution
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of ``samples``, and the standard error that its method justifies."""
+
+    samples: Tensor  # (k,) float64, on the CPU
+    stderr: float
+
+    @property
+    def value(self) -> float:
+        return float(self.samples.mean())
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Where the truth is with this probability, by Student's t."""
+        return student_interval(self.value, self.stderr, len(self.samples), level)
+
+
+def student_interval(
+    estimate: float, stderr: float, samples: int, level: float
+) -> tuple[float, float]:
+    """``estimate ± t stderr`` with one degree of freedom less than there are samples.
+
+    Raises:
+        OptionError: the level is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise OptionError(f"expected level between 0 and 1, got {level}; 0.95 is usual")
+    certain = stderr == 0 or math.isinf(stderr)
+    wide = stderr if certain else float(stdtrit(samples - 1, (1 + level) / 2)) * stderr
+    return estimate - wide, estimate + wide
+
+
+def of_independent(samples: Tensor, offset: float = 0.0) -> Estimate:
+    """The mean of independent samples, added to ``offset``; one alone has no standard error."""
+    k = len(samples)
+    stderr = float(samples.std() / k**0.5) if k > 1 else float("inf")
+    return Estimate(offset + samples, stderr)
+
+
+class Hutchinson:
+    """Hutchinson's estimator (Communications in Statistics 18, 1989).
+
+    Variance of a sample: Rademacher ``2 (‖A‖_F² - Σ a_ii²)``, Gaussian ``2 ‖A‖_F²``, sphere
+    ``2n/(n+2) (‖A‖_F² - tr(A)²/n)``. Keeps no vectors.
+    """
+
+    fewest: ClassVar[int] = 1
+    vectors: ClassVar[float] = 0.0
+    usual: ClassVar[Distribution] = "rademacher"
+
+    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
+        self._op = op
+        self._probes = Probes(op.space, distribution, seed, 0)
+        self._samples: list[Tensor] = []
+        self.matvecs = 0
+
+    def spend(self, num_matvecs: int) -> None:
+        """Go on until ``num_matvecs`` products are spent in all."""
+        for X in self._probes.chunks(self.matvecs, num_matvecs):
+            self._samples.append(forms(self._op, X))
+        self.matvecs = num_matvecs
+
+    def estimate(self) -> Estimate:
+        (samples,) = on_host(self._op, torch.cat(self._samples))
+        return of_independent(samples)

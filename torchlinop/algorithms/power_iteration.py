@@ -1,0 +1,314 @@
+"""v ← A v / ‖A v‖: the eigenpair of largest magnitude; with those found projected out, the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torchlinop.algorithms.basis import Basis
+from torchlinop.algorithms.eigen_result import EigenResult
+from torchlinop.algorithms.krylov_schur import Status, Target
+from torchlinop.algorithms.linear_system import LateLook
+from torchlinop.algorithms.orthogonal import (
+    IN_SPAN,
+    complete,
+    orthonormalize,
+    real_dtype,
+    removed,
+)
+from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
+from torchlinop.algorithms.ritz_result import (
+    Found,
+    History,
+    complain,
+    eigen_result,
+    ritz_of,
+    target_of,
+)
+from torchlinop.algorithms.starting_block import starting_block
+from torchlinop.errors import OptionError
+from torchlinop.operators.base import CurvatureOperator
+
+_INSIDE = 1e-3  # a start with no more outside of the pairs found gives way to a random one
+_PLANE = 32  # products, after which the plane of v and its residual is looked at
+
+
+def power_iteration_one(
+    op: CurvatureOperator,
+    max_iter: int = 1000,
+    *,
+    momentum: float = 0.0,
+    tol: float | None = None,
+    v0: Tensor | EigenResult | None = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> EigenResult:
+    """The eigenpair of largest magnitude, as `deflated_power_iteration` finds the first.
+
+    Example:
+        >>> A = MatrixOperator(torch.diag(torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64)))
+        >>> float(power_iteration_one(A).eigenvalues.round(decimals=6))
+        -3.0
+    """
+    return deflated_power_iteration(
+        op, 1, max_iter, momentum=momentum, tol=tol, v0=v0, seed=seed, strict=strict
+    )
+
+
+def deflated_power_iteration(
+    op: CurvatureOperator,
+    k: int = 10,
+    max_iter: int = 1000,
+    *,
+    momentum: float = 0.0,
+    tol: float | None = None,
+    v0: Tensor | EigenResult | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    strict: bool = False,
+) -> EigenResult:
+    """The k eigenpairs of largest magnitude, one after the other, by power iteration.
+
+    It needs log(1/tol) |λ_i| / (|λ_i| − |λ_{i+1}|) products for pair i: ``lanczos`` takes a
+    fraction. Its merit is that it stores 3k + 4 vectors and has nothing to go wrong.
+
+    Momentum β iterates ``v₊ ∝ A v − β v₋`` (De Sa et al., Accelerated stochastic power iteration,
+    2018); best is λ₂²/4, of which the number of products becomes the square root, and with
+    β > λ₁²/4 it does not converge. Eigenvalues are those of A, and so are the residuals, also
+    where pairs were deflated.
+
+    Every 32 products one goes to the residual of v: if their plane is invariant though v is not,
+    as where λ and −λ are both eigenvalues and v cannot settle, the pair is taken from the plane,
+    with a warning if the two magnitudes agree. Of such a pair the positive one comes first.
+
+    Args:
+        op: a symmetric operator in any floating-point dtype.
+        k: how many pairs.
+        max_iter: the budget of products of each pair.
+        momentum: β, in units of A².
+        tol: relative residual; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
+        v0: starts, a column a pair, or an earlier result; random ones where they are too few.
+        seed: of the random part of the start.
+        progress: show a bar that counts products, on a terminal.
+        strict: raise NotConvergedError, which carries the result, in place of a warning.
+
+    Raises:
+        OptionError, VectorError: options or v0 do not fit.
+        NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
+    """
+    started = time.perf_counter()
+    target = target_of(op, k, "LM", tol)
+    if max_iter < 1:
+        raise OptionError(f"expected max_iter to be at least 1, got {max_iter}; take 1000, say")
+    if not 0 <= momentum < math.inf:
+        raise OptionError(
+            f"expected momentum to be at least 0, got {momentum}; take λ² / 4 of the second "
+            "largest |λ|, or leave it out"
+        )
+    starts = starting_block(op, v0, k, seed)
+    with tqdm(unit="matvec", disable=None if progress else True) as bar:
+        products = Products(op, bar.update)
+        deflation = _Deflation(products, starts, target, momentum, max_iter, seed)
+        found = deflation.run()
+    target = dataclasses.replace(target, k=found.X.shape[1])  # fewer if interrupted
+    result = eigen_result(products, found, target, seed=seed, started=started)
+    complain(result, strict=strict)
+    return result
+
+
+@dataclass
+class _Deflation:
+    """Pairs found one by one, each in the complement of those before."""
+
+    products: Products
+    starts: Tensor  # (n, k) orthonormal
+    target: Target
+    momentum: float
+    max_iter: int
+    seed: int
+    history: History = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        space, k = self.products.operator.space, self.target.k
+        self.X, self.AX = (Basis(space, self.starts, k, dtype=None, device=None) for _ in range(2))
+        self.projector = Projector(self.products, self.seed)
+
+    def run(self) -> Found:
+        """All pairs, or those found before Ctrl-C."""
+        norm = torch.zeros((), dtype=torch.float64, device=self.starts.device)
+        residuals: list[float] = []
+        for i in range(self.target.k):
+            column = Column(self.products, self.X, i, self.target, self.momentum, norm)
+            try:
+                column.iterate(self._start(i), self.max_iter, self.projector)
+            except KeyboardInterrupt:
+                if not i:
+                    raise
+                self.warnings.append(f"interrupted: {i} of {self.target.k} pairs were found")
+                return self._found(i, "interrupted")
+            norm = column.norm
+            self.X.put(i, column.v)
+            self.AX.put(i, column.full_product())
+            residuals.append(float(column.residual))
+            self._note(column, residuals)
+        return self._found(self.target.k, "maxmatvecs")
+
+    def _start(self, i: int) -> Tensor:
+        """A unit vector in the complement of X, of this start if it has a part there."""
+        space, v = self.products.operator.space, self.starts[:, i : i + 1].clone()
+        for threshold in (_INSIDE, 0.0):
+            self.X.project(v, i)
+            R = orthonormalize(space, v, threshold)
+        missing = int(R[0, 0].real == 0)
+        return complete(self.X, i, v[:, missing:], missing, seed=self.seed, draw=i + 1)
+
+    def _note(self, column: Column, residuals: list[float]) -> None:
+        i = len(residuals)
+        small = self.projector(self.X.columns(0, i), self.AX.columns(0, i), "LM")
+        row = torch.tensor(residuals, dtype=torch.float64)
+        self.history.append((self.products.matvecs, small.values, row))
+        if column.mirrored:
+            upper, lower = column.mirrored
+            self.warnings.append(
+                f"{upper:.6g} and {lower:.6g} are both eigenvalues, of one magnitude up to "
+                "their residuals: power iteration does not settle on either, they were told "
+                'apart in the plane it ended in. For both ends take lanczos(op, which="BE")'
+            )
+
+    def _found(self, k: int, status: Status) -> Found:
+        """A Rayleigh-Ritz step on k pairs, by the products that found them.
+
+        Without it, what is left of one pair in another would be of the size of the residual of
+        the largest.
+        """
+        space = self.products.operator.space
+        small = self.projector(self.X.columns(0, k), self.AX.columns(0, k), "LM")
+        self.X.rotate(small.Y)
+        self.AX.rotate(small.Y)
+        X, AX = self.X.columns(0, k), self.AX.columns(0, k)
+        ritz = ritz_of(
+            small,
+            residual_block(space, X, AX, small.values, self.projector.norm)[1],
+            self.projector,
+        )
+        if bool(self.target.reached(ritz).all()) and k == self.target.k:
+            status = "converged"
+        elif self.target.exhausted(ritz):
+            status = "stagnated"
+        beta = f", momentum {self.momentum:g}" if self.momentum else ""
+        return Found(
+            ritz,
+            X.mT.clone().mT,
+            status,
+            "true",
+            self.history,
+            f"power iteration{beta}",
+            basis_size=self.target.k,
+            peak_vectors=3 * self.target.k + 4,
+            warnings=tuple(self.warnings),
+        )
+
+
+class Column:
+    """Power iteration in the complement of the first i columns of X.
+
+    ``v₊`` and ``v`` are scaled by the same factor, and θ = vᵀ A v is of A without momentum: with
+    it, θ would be λ − β.
+    """
+
+    def __init__(  # noqa: PLR0917  # internal: all that a column shares with the others
+        self, products: Products, X: Basis, i: int, target: Target, beta: float, norm: Tensor
+    ) -> None:
+        self.products, self.X, self.i, self.target, self.beta = products, X, i, target, beta
+        self.space = products.operator.space
+        self.norm = norm  # the largest ‖A v‖ so far, below ‖A‖
+        self.mirrored: tuple[float, float] | None = None
+
+    def iterate(self, v: Tensor, max_iter: int, projector: Projector) -> None:
+        """Until v is as accurate as asked, or as rounding permits."""
+        self.v, self.before = v, torch.zeros_like(v)
+        look = LateLook()
+        allowed = self.products.matvecs + max_iter
+        while True:
+            done = bool(look(self._multiply()[None])[0])
+            left = allowed - self.products.matvecs
+            if done or not left:
+                return
+            if left > 1 and (max_iter - left) % _PLANE == 0 and self._settled(projector):
+                return
+            self._advance()
+
+    def full_product(self) -> Tensor:
+        """A v, with what of it lies in X."""
+        return self.w + self.X.combine(self.h)
+
+    def _multiply(self) -> Tensor:
+        """Take w = A v in the complement of X; say whether v is accurate, on the device."""
+        self.w = self.products(self.v)
+        self.h = self.X.project(self.w, self.i)
+        length = self.space.norm(self.w).double()
+        self.norm = torch.maximum(self.norm, length[0])
+        # Relative to ‖A v‖, as the squares of small entries are no normal numbers in float32.
+        self.r = self.w * torch.where(length > 0, 1 / length, 0.0).to(real_dtype(self.w))
+        cosine = removed(self.space, self.v, self.r)[0, 0].real
+        self.residual = self.space.norm(self.r).double()[0] * length[0]
+        return self._accurate(cosine * length[0])
+
+    def _accurate(self, theta: Tensor) -> Tensor:
+        eps, tol = self.target.eps, self.target.tol
+        bound = tol * torch.maximum(theta.abs(), eps ** (2 / 3) * self.norm)
+        # ``~(>)`` so that NaN comes to light.
+        return ~(self.residual > torch.maximum(bound, 2 * eps * self.norm))
+
+    def _advance(self) -> None:
+        after = self.w
+        if self.beta:
+            after = after.sub_(self.before, alpha=self.beta)
+        length = self.space.norm(after)
+        scale = torch.where(length > 0, 1 / length, 0.0)
+        self.before = self.v * scale if self.beta else self.before
+        self.v = torch.where(length > 0, after.mul_(scale), self.v)
+
+    def _settled(self, projector: Projector) -> bool:
+        """Whether the plane of v and r holds an eigenvector, which v then becomes.
+
+        Costs one product and a transfer.
+        """
+        u = self.r
+        for threshold in (0.0, IN_SPAN):
+            self.X.project(u, self.i)
+            removed(self.space, self.v, u)
+            orthonormalize(self.space, u, threshold)
+        Au = self.products(u)
+        h = self.X.project(Au, self.i)
+        S, AS = torch.cat([self.v, u], 1), torch.cat([self.w, Au], 1)
+        small = projector(S, AS, "LM")
+        Y = small.Y.to(device=S.device, dtype=S.dtype)
+        V, W = S @ Y, AS @ Y
+        _, residuals = residual_block(self.space, V, W, small.values, projector.norm)
+        rounding = 2 * projector.floor
+        chosen = self._leading(small.values, float(residuals.sum()) + rounding)
+        self.residual = residuals[chosen].to(S.device)
+        settled = bool(self._accurate(small.values[chosen].to(S.device)))
+        if settled:
+            y = Y[:, chosen : chosen + 1]
+            self.v, self.w = V[:, chosen : chosen + 1], W[:, chosen : chosen + 1]
+            self.h = torch.cat([self.h, h], 1) @ y.to(h.dtype)
+        else:
+            self.mirrored = None
+        return settled
+
+    def _leading(self, values: Tensor, uncertainty: float) -> int:
+        """The pair of the plane with the larger |θ|; the positive one of two mirrored."""
+        if len(values) < 2 or float((values[0] + values[1]).abs()) > uncertainty:
+            return 0
+        self.mirrored = (float(values.max()), float(values.min()))
+        return int(values.argmax())

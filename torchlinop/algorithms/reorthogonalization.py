@@ -1,0 +1,106 @@
+"""Which earlier vectors a Lanczos vector is made orthogonal to: all, all at times, few, none."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchlinop.algorithms.basis import Basis
+from torchlinop.errors import OptionError
+
+Array = NDArray[np.float64]
+Reorthogonalization = bool | str  # True is "full", False is "none"
+
+_WINDOW = 5  # vectors, as users of local reorthogonalisation choose
+
+
+class Policy(Protocol):
+    """Makes w, after the three-term recurrence, orthogonal to columns of V, in place."""
+
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
+        """``alpha`` (j + 1,) and ``beta`` (j,) are known, and so are j + 1 columns of V."""
+
+
+class Full:
+    """To all, once: the recurrence was the first of the two passes that are enough."""
+
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
+        V.project(w, len(alpha))
+
+
+class Window:
+    """To the last few. Copies of converged eigenvalues ("ghosts") still appear."""
+
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
+        V.project(w, len(alpha), max(0, len(alpha) - _WINDOW))
+
+
+class Nothing:
+    """To none but by the recurrence. Copies of converged eigenvalues appear."""
+
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
+        pass
+
+
+class Partial:
+    """To all, when an estimate of the inner products exceeds the root of the roundoff.
+
+    Simon, The Lanczos algorithm with partial reorthogonalization, Math. Comp. 42 (1984). The
+    estimates follow the recurrence of the vectors. Two consecutive vectors are treated, as the
+    next depends on both. The decision is the host's: one synchronisation a step.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+        self._before, self._now = np.zeros(0), np.ones(1)  # ω of v_{j-1} and v_j with v_0, v_1, ...
+        self._again = False
+
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
+        omega = self._next(alpha.cpu().numpy(), beta.cpu().numpy(), float(V.space.norm(w)[0]))
+        if self._again or np.abs(omega[:-1]).max() > self.eps**0.5:
+            V.project(w, len(alpha))
+            omega[:-1] = self.eps
+            self._again = not self._again
+        self._before, self._now = self._now, omega
+
+    def _next(self, alpha: Array, beta: Array, norm: float) -> Array:
+        """ω of v_{j+1} with v_0, ..., v_{j+1}: Simon's recurrence, its noise at the worst."""
+        j = len(beta)
+        now, before = self._now, np.append(self._before, 0.0)
+        omega = np.append(np.full(j + 1, self.eps), 1.0)
+        if j == 0 or norm == 0:
+            return omega
+        scale = np.abs(alpha).max() + 2 * beta.max()
+        sums = beta * now[1:] + (alpha[:j] - alpha[j]) * now[:j] - beta[-1] * before[:j]
+        sums[1:] += beta[:-1] * now[: j - 1]
+        omega[:j] = (sums + np.copysign(2 * self.eps * scale, sums)) / norm
+        return omega
+
+
+_BY_NAME: dict[str, type[Policy]] = {"full": Full, "local": Window, "none": Nothing}
+NAMES = ("full", "partial", "local", "none")
+
+
+def name_of(reorthogonalize: Reorthogonalization) -> str:
+    """The mode's name.
+
+    Raises:
+        OptionError: there is no such mode.
+    """
+    name = reorthogonalize
+    if isinstance(name, bool):
+        name = "full" if name else "none"
+    if name not in NAMES:
+        raise OptionError(
+            f"unknown reorthogonalize {reorthogonalize!r}; choose one of {', '.join(NAMES)}"
+        )
+    return name
+
+
+def policy_of(name: str, dtype: torch.dtype) -> Policy:
+    """The mode of this name, for one run."""
+    return Partial(torch.finfo(dtype).eps) if name == "partial" else _BY_NAME[name]()

@@ -1,0 +1,135 @@
+"""An answer in a file: tensors and a JSON header in safetensors; numbers for loggers, tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import platform
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchlinop.errors import OptionError
+from torchlinop.operators.kronecker_file import layout_as_json, layout_from_json, read, write
+from torchlinop.parameters import ParameterLayout
+
+_FORMAT = 1
+
+
+class Result:
+    """Mixin of frozen dataclasses: fields are tensors, numbers, strings, tuples of these, None,
+    a dtype, or a layout of parameters.
+
+    A subclass says in ``_columns`` which fields of equal length make a table, and what is what in
+    ``_conventions``.
+    """
+
+    _columns: ClassVar[tuple[str, ...]] = ()
+    _conventions: ClassVar[str] = "vectors are columns"
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: tensors as they are, all else in its JSON header.
+
+        Raises:
+            OptionError: the package safetensors is not installed.
+        """
+        values = self._values()
+        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+        others = {name: _as_json(v) for name, v in values.items() if name not in tensors}
+        environment = {"torch": torch.__version__, "python": platform.python_version()}
+        header = {
+            "format": _FORMAT,
+            "result": type(self).__name__,
+            "conventions": self._conventions,
+            "environment": environment,
+            "fields": others,
+        }
+        write(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read what ``save`` wrote, with tensors on ``device``.
+
+        Raises:
+            OptionError: the file holds something else, or safetensors is not installed.
+        """
+        tensors, header = read(path, device)
+        if header.get("result") != cls.__name__ or header.get("format") != _FORMAT:
+            raise OptionError(
+                f"expected a {cls.__name__} of format {_FORMAT} in {path}, got a "
+                f"{header.get('result', 'file of an operator')} of format "
+                f"{header.get('format')}; load it with the class that saved it"
+            )
+        fields = {name: _from_json(v) for name, v in header["fields"].items()}
+        return cls(**fields, **tensors)
+
+    def save_npz(self, path: str | Path) -> None:
+        """Write tensors and numbers as NumPy arrays; what NumPy has no type for is left out."""
+        arrays = {}
+        for name, value in self._values().items():
+            if isinstance(value, Tensor):
+                wide = value.float() if value.dtype == torch.bfloat16 else value
+                arrays[name] = wide.detach().cpu().numpy()
+            elif isinstance(value, bool | int | float | str):
+                arrays[name] = np.asarray(value)
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers by name, for a logger: fields that are numbers, and the entries of columns."""
+        numbers = {}
+        for name, value in self._values().items():
+            if isinstance(value, bool | int | float):
+                numbers[name] = float(value)
+            elif name in self._columns:
+                numbers |= {f"{name}/{i}": float(x) for i, x in enumerate(value.tolist(), 1)}
+        return numbers
+
+    def to_dataframe(self) -> Any:
+        """The columns as a pandas DataFrame, a row an entry.
+
+        Raises:
+            OptionError: pandas is not installed.
+        """
+        pd = optional("pandas")
+        return pd.DataFrame({name: getattr(self, name).tolist() for name in self._columns})
+
+    def _values(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def optional(module: str) -> ModuleType:
+    """A module of a package that this one works without.
+
+    Raises:
+        OptionError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".", maxsplit=1)[0]
+        raise OptionError(f"this needs {package}; run: pip install {package}") from error
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, ParameterLayout):
+        return {"layout": layout_as_json(value)}
+    if isinstance(value, tuple):
+        return {"tuple": [_as_json(v) for v in value]}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "dtype":
+        return getattr(torch, content)
+    if kind == "layout":
+        return layout_from_json(content)
+    return tuple(_from_json(v) for v in content)

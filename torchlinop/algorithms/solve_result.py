@@ -1,0 +1,56 @@
+"""Solutions of ``(A + damping I) x = b`` with the residuals they were found to have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchlinop.algorithms.result import Result
+
+Status = Literal["converged", "stagnated", "indefinite", "singular", "max_iter"]
+
+
+@dataclass(frozen=True)
+class SolveResult(Result):
+    """One solution a column. All but x and directions is on the CPU, in float64.
+
+    Status: ``"converged"``; ``"stagnated"``: rounding or noise of the products forbid to go on;
+    ``"indefinite"``: conjugate gradients met a direction of curvature ≤ 0 (within rounding), in
+    ``directions``; ``"singular"``: b is not in the range of the matrix, and x is about a least
+    squares solution; ``"max_iter"``.
+    """
+
+    _columns = ("residual_norms", "relative_residuals", "converged", "iterations")
+
+    x: Tensor  # (n,) or (n, k), as b
+    residual_norms: Tensor  # (k,) ‖b − (A + damping I) x‖, by a product with x
+    relative_residuals: Tensor  # (k,) the same over ‖b‖; 0 for b = 0
+    converged: Tensor  # (k,) bool: the relative residual is at most rtol
+    iterations: Tensor  # (k,) int64
+    status: tuple[Status, ...]  # (k,)
+    directions: Tensor | None  # as x: unit p with pᵀ (A + damping I) p ≤ 0, or zero
+    curvatures: Tensor  # (k,) that quotient, NaN where there is no such direction
+    rtol: float
+    damping: float
+    method: str
+    matvecs: int
+    dtype: torch.dtype  # of x
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        k = len(self.status)
+        worst = int(self.relative_residuals.argmax())
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"SolveResult  {int(self.converged.sum())} of {k} converged | {self.method} | damping "
+            f"{self.damping:g} | {int(self.iterations.max())} iterations | {self.matvecs} matvecs "
+            f"| {self.seconds:.2g} s | {dtype}",
+            f"  largest residual {float(self.relative_residuals[worst]):.1e} of the norm of b "
+            f"(column {worst}, {self.status[worst]}), asked {self.rtol:.1e}",
+            f"  warnings: {'; '.join(self.warnings) or 'none'}",
+        ]
+        return "\n".join(lines)
