@@ -5,8 +5,7 @@ import time
 import torch
 from scipy.sparse.linalg import eigsh
 
-from torchlinop import CountingOperator, HessianOperator, as_linear_operator
-from torchlinop.algorithms.lanczos import lanczos
+from torchlinop import CountingOperator, HessianOperator, as_linear_operator, lanczos
 from torchlinop.demo import digits_mlp
 from torchlinop.testing.oracles import dense_hessian
 

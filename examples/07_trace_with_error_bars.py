@@ -1,10 +1,6 @@
 """The trace of a Hessian from 16 to 128 products: an estimate, and how wrong it may be."""
 
-from torchlinop import HessianOperator
-from torchlinop.algorithms.diagonal import diagonal
-from torchlinop.algorithms.extremal import extremal_eigenvalues
-from torchlinop.algorithms.norms import norm
-from torchlinop.algorithms.trace import trace
+from torchlinop import HessianOperator, diagonal, extremal_eigenvalues, norm, trace
 from torchlinop.demo import digits_mlp
 from torchlinop.testing.oracles import dense_hessian
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from torchlinop import HessianOperator
-from torchlinop.algorithms.spectral_density import spectral_density
+from torchlinop import HessianOperator, spectral_density
 from torchlinop.demo import digits_mlp
 from torchlinop.testing.oracles import dense_hessian
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from torchlinop import HessianOperator
-from torchlinop.algorithms.lanczos import lanczos
+from torchlinop import HessianOperator, lanczos
 from torchlinop.demo import digits_mlp
 from torchlinop.testing.oracles import dense_hessian
 

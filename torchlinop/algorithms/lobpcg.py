@@ -91,6 +91,7 @@ def lobpcg(
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
 
     Example:
+        >>> from torchlinop import MatrixOperator
         >>> A = MatrixOperator(torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64)))
         >>> eigenvalues, eigenvectors = lobpcg(A, k=2, which="SA")
         >>> eigenvalues.round(decimals=6)

@@ -53,6 +53,7 @@ def power_iteration_one(
     """The eigenpair of largest magnitude, as `deflated_power_iteration` finds the first.
 
     Example:
+        >>> from torchlinop import MatrixOperator
         >>> A = MatrixOperator(torch.diag(torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64)))
         >>> float(power_iteration_one(A).eigenvalues.round(decimals=6))
         -3.0

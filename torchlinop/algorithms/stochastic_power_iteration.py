@@ -104,6 +104,7 @@ def stochastic_power_iteration(
         NonFiniteError: a product holds NaN or infinity.
 
     Example:
+        >>> from torchlinop import MatrixOperator
         >>> A = MatrixOperator(torch.diag(torch.tensor([1.0, 5.0], dtype=torch.float64)))
         >>> value, vector = stochastic_power_iteration([0.9 * A, 1.1 * A], steps=400)
         >>> 4.8 < value < 5.2
