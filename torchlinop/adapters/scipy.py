@@ -112,7 +112,7 @@ class SciPyOperator(LinearOperator):
                 "multiply blocks of columns by A @ X"
             )
         rows = self._multiply(operator, v.reshape(-1, n).T).T
-        return np.ascontiguousarray(rows).reshape(*v.shape[:-1], -1)
+        return np.ascontiguousarray(rows).reshape(*v.shape[:-1], operator.shape[0])
 
     def _blocks(self, operator: AnyOperator, X: object) -> Array:
         V = host_array(cast(Any, X).toarray() if scipy.sparse.issparse(X) else X)
