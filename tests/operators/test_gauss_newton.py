@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchlinop import as_linear_operator, match_names
+from torchlinop import EKFACOperator, HessianOperator, as_linear_operator, match_names
 from torchlinop.errors import LossShapeError, OptionError, SampleMixingError
 from torchlinop.losses import CrossEntropy, Terms, supervised_loss, supervised_per_sample_loss
 from torchlinop.operators.empirical_fisher import (
@@ -299,6 +299,26 @@ def test_matrix_equals_its_definition(matrix, name, reduction, batching):
     batches, options = BATCHINGS[batching](p)
     A = operator(matrix, p, batches, **options)
     assert relative(A.to_dense(), oracle(matrix, name, reduction)) < 1e-12
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_hessian_of_every_loss_is_the_dense_hessian(name, reduction, batching):
+    p = problem(name, reduction)
+    batches, options = BATCHINGS[batching](p)
+    H = HessianOperator(p.model, batches, supervised_loss(p.criterion), **options)
+    assert relative(H.to_dense(), dense_hessian(p.full_loss, p.parameters)) < 1e-12
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_ekfac_of_every_loss_has_the_trace_of_the_ggn(name, reduction, batching):
+    p = problem(name, reduction)
+    batches, options = BATCHINGS[batching](p)
+    K = EKFACOperator(p.model, batches, p.forward_fn, p.criterion, **options)
+    assert relative(K.trace(), oracle("GGN", name, reduction).trace()) < 1e-12
 
 
 # The Hessian of all others does not depend on the target that is drawn.
