@@ -17,6 +17,7 @@ from torchlinop.diagnosis import second_derivatives_explained
 from torchlinop.errors import LossShapeError
 from torchlinop.model_state import BorrowedModel
 from torchlinop.parameters import ParameterLayout
+from torchlinop.progress import batches_shown
 from torchlinop.space import VectorSpace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -94,7 +95,8 @@ class Objective:
         """
         total: Tensor | None = None
         with closing(_generator(self.data)) as batches:
-            for b, (batch, share) in enumerate(batches):
+            shown = batches_shown(batches, self.data.batches)
+            for b, (batch, share) in enumerate(shown):
                 part = term(b, batch)
                 if total is None:
                     total = part if share == 1 else part.mul_(share)

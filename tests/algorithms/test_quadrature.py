@@ -339,7 +339,7 @@ def test_impossible_questions_are_refused(call, error, message):
 
 
 def test_products_that_are_not_finite_are_named():
-    with pytest.raises(NonFiniteError, match="is NaN or infinite, in the first 8 products"):
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity, by product 8"):
         slq(MatrixOperator(torch.full((5, 5), math.nan)), 2, 4)
 
 

@@ -52,7 +52,7 @@ def conjugate_gradient(
 def cg_method(problem: System) -> Method[_State]:
     """Conjugate gradients for this problem."""
     A, precondition = problem.A, problem.precondition
-    eps = torch.finfo(A.op.dtype).eps  # of products: curvature below it has no sign
+    eps = torch.finfo(A.operator.dtype).eps  # of products: curvature below it has no sign
 
     def start(X: Tensor, R: Tensor, targets: Tensor) -> _State:
         Z = precondition(R)
@@ -65,7 +65,7 @@ def cg_method(problem: System) -> Method[_State]:
 
     def step(s: _State) -> _State:
         P = s.directions
-        AP = A.multiply(P)
+        AP = A(P)
         size = A.norms(P)
         PAP = A.dots(P, AP)
         scale = torch.maximum(s.scale, _ratio(A.norms(AP), size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -97,7 +96,7 @@ class KrylovDecomposition:
         space, T = self.basis.space, self.T
         start, stop = self.size, self.size + self.width
         new, after = slice(start, stop), slice(stop, stop + self.width)
-        W = self.products(self.block)
+        W = self.products.columns(self.block)
         before = start if start == self.kept else self.previous.shape[1]
         if self.basis.direct:
             T[start - before : stop, new] = self.basis.project(W, stop, start - before)
@@ -230,14 +229,12 @@ class Limits:
     """When to stop though nothing has converged, and whom to tell how it goes."""
 
     max_matvecs: int
-    max_seconds: float = float("inf")
     callback: Callable[[int, Tensor, Tensor], object] | None = None
-    started: float = field(default_factory=time.perf_counter)
 
     def exceeded(self, products: Products, columns: int) -> Status | None:
         if products.matvecs + columns > self.max_matvecs:
             return "maxmatvecs"
-        if products.matvecs and time.perf_counter() - self.started > self.max_seconds:
+        if products.late:
             return "maxseconds"
         return None
 

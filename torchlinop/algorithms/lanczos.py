@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchlinop.algorithms.basis import Basis, inner, small_dtype
 from torchlinop.algorithms.eigen_request import AUTO, Plan, Request
@@ -26,7 +25,7 @@ from torchlinop.algorithms.krylov_schur import (
     order_of,
 )
 from torchlinop.algorithms.orthogonal import orthonormalize, random_block, real_dtype
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.algorithms.tridiagonal import Recurrence
@@ -119,8 +118,9 @@ def lanczos(
         basis_dtype, basis_device,
     )  # fmt: skip
     request.refuse()
-    with tqdm(total=max_iter, unit="matvec", disable=None if progress else True) as bar:
-        products = Products(op, bar.update)
+    with run_of_products(
+        op, total=max_iter, max_seconds=max_seconds, progress=progress
+    ) as products:
         b = _block_size(products, block_size, v0, seed)
         target = request.target()
         plan = request.plan(b)
@@ -128,7 +128,7 @@ def lanczos(
         if request.unrestarted:
             outcome = _unrestarted(products, start, plan.ncv, request.mode, target)
         else:
-            limits = Limits(plan.products, max_seconds, callback, started)
+            limits = Limits(plan.products, callback)
             decomposition = _decomposition(products, start, plan, seed)
             outcome = _restarted(Run(decomposition, target, limits))
         if plan.clean_up and outcome.status != "interrupted":
@@ -170,7 +170,7 @@ def _block_pays(products: Products, seed: int) -> bool:
 
 def _seconds(products: Products, V: Tensor) -> float:
     started = time.perf_counter()
-    float(products(V)[0, 0].real)  # waits for the device
+    float(products.columns(V)[0, 0].real)  # waits for the device
     return time.perf_counter() - started
 
 
@@ -239,7 +239,7 @@ def _cleaned_up(products: Products, found: Outcome, target: Target) -> Outcome:
     """Rayleigh-Ritz on the eigenvectors found, by k products, with true residuals."""
     space, X = products.operator.space, found.eigenvectors
     orthonormalize(space, X, 0.0)
-    AX = products(X)
+    AX = products.columns(X)
     H = inner(space, X, AX).cpu()
     values, Y = torch.linalg.eigh((H + H.mH) / 2)
     order = order_of(values, target.which)

@@ -15,8 +15,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.right_hand_sides import right_hand_sides
 from torchlinop.algorithms.solve_result import SolveResult, Status
-from torchlinop.algorithms.working_precision import WorkingPrecision, refuse_non_finite
 from torchlinop.errors import NotConvergedWarning, OptionError, VectorError, warn_caller
 from torchlinop.operators.base import CurvatureOperator
 
@@ -57,7 +58,7 @@ class Method(Generic[State]):
 class System:
     """``(A + damping I) X = B``, checked, with what is asked of its solution."""
 
-    A: WorkingPrecision
+    A: Products
     B: Tensor  # (n, k)
     M: CurvatureOperator | None  # about the inverse, positive definite
     shape: torch.Size  # of what the caller passed as b
@@ -89,8 +90,8 @@ def system(  # noqa: PLR0917  # one for each option of a solver
             f"expected a preconditioner on the space of the operator, got {preconditioner!r} for "
             f"{op!r}; build both from the same parameters, dtype and device"
         )
-    A = WorkingPrecision(op, damping)
-    return System(A, A.right_hand_sides(b), preconditioner, b.shape, rtol, max_iter)
+    A = Products(op, damping=damping)
+    return System(A, right_hand_sides(A, b), preconditioner, b.shape, rtol, max_iter)
 
 
 def run(problem: System, method: Method[State]) -> SolveResult:
@@ -150,9 +151,9 @@ class Columns(Generic[State]):
         state = taken(self.state, seen)
         self._refuse_preconditioner(state)
         columns = [i for i, s in zip(self.active, seen.tolist(), strict=True) if s]
-        R = self.problem.B[:, columns] - A.multiply(state.X)
+        R = self.problem.B[:, columns] - A(state.X)
         norms = A.norms(R).cpu()
-        refuse_non_finite(norms, A)
+        A.refuse_non_finite(norms)
         drifted = norms > _DRIFT * state.residual_norms.cpu()
         better = (norms <= self.residuals[columns]) | (not self.method.monotone)
         worse = ~better & (norms > _DRIFT * self.residuals[columns])

@@ -11,13 +11,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from torchlinop.algorithms.basis import Basis
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target, Which
 from torchlinop.algorithms.orthogonal import IN_SPAN, orthonormalize, real_dtype
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, RayleighRitz, residual_block
 from torchlinop.algorithms.ritz_result import (
     Found,
@@ -104,10 +103,9 @@ def lobpcg(
     budget = 200 * b if max_iter is None else max_iter
     _refuse(op, preconditioner, guard, budget, b + k * verify)
     X = starting_block(op, v0, b, seed)
-    with tqdm(total=budget, unit="matvec", disable=None if progress else True) as bar:
-        products = Products(op, bar.update)
+    with run_of_products(op, total=budget, max_seconds=max_seconds, progress=progress) as products:
         blocks = Blocks(products, preconditioner, X, seed)
-        limits = Limits(budget - k * verify, max_seconds, started=started)
+        limits = Limits(budget - k * verify)
         found = Iteration(blocks, target, limits, verify).run()
     result = eigen_result(products, found, target, seed=seed, started=started)
     complain(result, strict=strict)
@@ -127,7 +125,7 @@ class Blocks:
             Basis(self.space, X, 3 * self.b, dtype=None, device=None) for _ in range(2)
         )
         self.S.put(0, X)
-        self.AS.put(0, products(X))
+        self.AS.put(0, products.columns(X))
         self.projector = Projector(products, seed)
         self.threshold = 50 * torch.finfo(X.dtype).eps  # of a unit vector: rounding error
         self.R = X[:, :0]  # (A X − X Θ) but for a factor
@@ -146,7 +144,7 @@ class Blocks:
 
     def refresh(self, ritz: Ritz, k: int) -> Ritz:
         """Take the products of the first k Ritz vectors instead of combining those of S."""
-        self.AS.put(0, self.products(self.S.columns(0, k)))
+        self.AS.put(0, self.products.columns(self.S.columns(0, k)))
         return dataclasses.replace(ritz, residuals=self._residuals(ritz.values))
 
     def _residuals(self, values: Tensor) -> Tensor:
@@ -168,7 +166,7 @@ class Blocks:
         for threshold in (self.threshold, IN_SPAN):  # "Twice is enough" (Parlett 1980, §6.9)
             self.S.project(W, self.size)
             orthonormalize(self.space, W, threshold)
-        AW = self.products(W)
+        AW = self.products.columns(W)
         self.S.put(self.size, W)
         self.AS.put(self.size, AW)
         self.size += W.shape[1]

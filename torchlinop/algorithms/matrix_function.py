@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.node_values import ScalarFunction, values_at
+from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.right_hand_sides import right_hand_sides
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal
-from torchlinop.algorithms.working_precision import WorkingPrecision
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -79,14 +80,14 @@ def apply_function(
     Sidford, SODA 2018.
     """
     start = time.perf_counter()
-    A = WorkingPrecision(op)
+    A = Products(op)
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     if steps < 1 or not rtol >= 0:
         raise OptionError(
             f"expected steps to be at least 1 and rtol not negative, got steps={steps} and "
             f"rtol={rtol}; leave them out for 100 and √eps"
         )
-    B = A.right_hand_sides(b)
+    B = right_hand_sides(A, b)
     norms = A.norms(B)
     V = B / norms.where(norms > 0, 1.0).to(B.dtype)
     recurrence = ThreeTermRecurrence(A, V)
@@ -119,7 +120,7 @@ def apply_function(
     )
 
 
-def _again(A: WorkingPrecision, V: Tensor) -> Iterator[Tensor]:
+def _again(A: Products, V: Tensor) -> Iterator[Tensor]:
     """The Lanczos vectors a second time."""
     recurrence = ThreeTermRecurrence(A, V)
     while True:

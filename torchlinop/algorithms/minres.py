@@ -63,7 +63,7 @@ def minres(
 def minres_method(problem: System) -> Method[_State]:
     """MINRES for this problem."""
     A, precondition = problem.A, problem.precondition
-    eps = torch.finfo(A.op.dtype).eps
+    eps = torch.finfo(A.operator.dtype).eps
 
     def start(X: Tensor, R: Tensor, targets: Tensor) -> _State:
         V = precondition(R)
@@ -79,7 +79,7 @@ def minres_method(problem: System) -> Method[_State]:
 
     def step(s: _State) -> _State:
         v = s.V * _inverse(s.beta).to(s.V.dtype)
-        U = A.multiply(v)
+        U = A(v)
         U.addcmul_(s.U_previous, (s.beta * _inverse(s.beta_previous)).to(U.dtype), value=-1)
         alpha = A.dots(v, U)
         U.addcmul_(s.U, (alpha * _inverse(s.beta)).to(U.dtype), value=-1)

@@ -89,7 +89,7 @@ def nystrom(
     _refuse_negative(op, seed)
     space, eps = op.space, roundoff(op.dtype)
     Omega = starting_block(op, None, rank, seed)
-    Y = Products(op)(Omega)
+    Y = Products(op).columns(Omega)
     basis = OrthonormalColumns(space, rank)
     R, W, H = on_host(op, basis.extend(Y), inner(space, basis.Q, Omega), inner(space, Omega, Y))
     H = (H + H.mT) / 2

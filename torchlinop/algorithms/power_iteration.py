@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchlinop.algorithms.basis import Basis
 from torchlinop.algorithms.eigen_result import EigenResult
@@ -22,7 +21,7 @@ from torchlinop.algorithms.orthogonal import (
     real_dtype,
     removed,
 )
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
 from torchlinop.algorithms.ritz_result import (
     Found,
@@ -114,8 +113,7 @@ def deflated_power_iteration(
             "largest |λ|, or leave it out"
         )
     starts = starting_block(op, v0, k, seed)
-    with tqdm(unit="matvec", disable=None if progress else True) as bar:
-        products = Products(op, bar.update)
+    with run_of_products(op, progress=progress) as products:
         deflation = _Deflation(products, starts, target, momentum, max_iter, seed)
         found = deflation.run()
     target = dataclasses.replace(target, k=found.X.shape[1])  # fewer if interrupted
@@ -253,7 +251,7 @@ class Column:
 
     def _multiply(self) -> Tensor:
         """Take w = A v in the complement of X; say whether v is accurate, on the device."""
-        self.w = self.products(self.v)
+        self.w = self.products.columns(self.v)
         self.h = self.X.project(self.w, self.i)
         length = self.space.norm(self.w).double()
         self.norm = torch.maximum(self.norm, length[0])
@@ -288,7 +286,7 @@ class Column:
             self.X.project(u, self.i)
             removed(self.space, self.v, u)
             orthonormalize(self.space, u, threshold)
-        Au = self.products(u)
+        Au = self.products.columns(u)
         h = self.X.project(Au, self.i)
         S, AS = torch.cat([self.v, u], 1), torch.cat([self.w, Au], 1)
         small = projector(S, AS, "LM")

@@ -21,9 +21,9 @@ from torch import Tensor
 from torchlinop.algorithms.atoms import Atoms, Ritz, location_errors, standard_error
 from torchlinop.algorithms.node_values import ScalarFunction, values_at
 from torchlinop.algorithms.probes import Probes
+from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal
-from torchlinop.algorithms.working_precision import WorkingPrecision
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -302,7 +302,7 @@ def slq(
             f"expected at least one probe and step, got {num_probes} probes, {at_once} at once, "
             f"and {num_steps} steps; leave them out for 10 and 80"
         )
-    A = WorkingPrecision(op)
+    A = Products(op)
     probes = Probes(op.space, "sphere", seed, _STREAM)
     steps = min(num_steps, op.size)
     tridiagonals: list[Tridiagonal] = []
@@ -370,7 +370,7 @@ def quadrature_size(distance: float, size: int, eta: float = 0.05) -> tuple[int,
     return math.ceil(12 / distance + 0.5), math.ceil(probes)
 
 
-def _quadratures(A: WorkingPrecision, V: Tensor, steps: int) -> list[Tridiagonal]:
+def _quadratures(A: Products, V: Tensor, steps: int) -> list[Tridiagonal]:
     recurrence = ThreeTermRecurrence(A, V)
     try:
         for _ in range(steps):

@@ -53,10 +53,10 @@ def randomized_eigh(
     projector = Projector(products, seed)
     Q = starting_block(op, None, width, seed)
     for draw in range(1, power_iterations + 2):
-        AQ = products(Q)
+        AQ = products.columns(Q)
         rounding = target.zero * space.norm(AQ).double().max()
         Q = independent(space, AQ, rounding, width, seed=seed, draw=draw)
-    AQ = products(Q)
+    AQ = products.columns(Q)
     small = projector(Q, AQ, "LM")
     Y = small.Y[:, :k].to(device=Q.device, dtype=Q.dtype)
     X, AX = Q @ Y, AQ @ Y

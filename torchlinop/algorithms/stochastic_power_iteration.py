@@ -190,7 +190,7 @@ class _Iteration:
 
     def step(self) -> None:
         op = self.draws.operator(len(self.quotients))
-        w = Products(op)(self.v)
+        w = Products(op).columns(self.v)
         quotient = op.space.inner(self.v, w)[0, 0].real
         self.quotients.append(quotient.double())
         w.sub_(self.before, alpha=self.beta)
@@ -218,7 +218,7 @@ def _judged(draws: _Draws, v: Tensor, quotient: Tensor, start: int, count: int) 
     total = torch.zeros_like(v)
     along, squares = [], []
     for t in range(start, start + count):
-        r = Products(draws.operator(t))(v)
+        r = Products(draws.operator(t)).columns(v)
         r -= v * quotient.to(real_dtype(v))
         along.append(space.inner(v, r)[0, 0].real.double())
         squares.append(space.norm(r).double()[0] ** 2)

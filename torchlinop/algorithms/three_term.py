@@ -10,17 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.working_precision import WorkingPrecision, refuse_non_finite
-
-# In units of roundoff. An invariant subspace is found when β is rounding: dividing by it would
-# give a random vector the weight of a direction.
-_BREAKDOWN = 50
+from torchlinop.algorithms.products import Products
 
 
 class ThreeTermRecurrence:
     """Lanczos' recurrence from every column of V (n, k) at once; columns of norm one, or zero."""
 
-    def __init__(self, A: WorkingPrecision, V: Tensor) -> None:
+    def __init__(self, A: Products, V: Tensor) -> None:
         self.A = A
         self._V = V
         self._previous = torch.zeros_like(V)
@@ -34,14 +30,15 @@ class ThreeTermRecurrence:
         A column whose Krylov space is exhausted goes on as zero.
         """
         A, V = self.A, self._V
-        W = A.multiply(V)
+        W = A(V)
         W.addcmul_(self._previous, self._betas[-1].to(W.dtype), value=-1)
         alpha = A.dots(V, W)
         W.addcmul_(V, alpha.to(W.dtype), value=-1)
         beta = A.norms(W)
         self._scale = torch.maximum(self._scale, (alpha.abs() + beta).max())
-        # ``~(≤)`` lets NaN go on, to be found at the end.
-        alive = ~(beta <= _BREAKDOWN * A.eps * self._scale)
+        # An invariant subspace is found when β is rounding: dividing by it would give a random
+        # vector the weight of a direction. ``~(≤)`` lets NaN go on, to be found at the end.
+        alive = ~(beta <= A.noise * self._scale)
         beta = beta.where(alive, 0.0)
         W.mul_(torch.where(alive, 1 / beta, 0.0).to(W.dtype))
         self._previous, self._V = V, W
@@ -62,7 +59,7 @@ class ThreeTermRecurrence:
         """
         alphas = torch.stack(self._alphas).cpu()
         betas = torch.stack(self._betas[1 : self.steps + 1]).cpu()
-        refuse_non_finite(torch.stack([alphas, betas]), self.A)
+        self.A.refuse_non_finite(alphas, betas)
         return [Tridiagonal(a, b) for a, b in zip(alphas.mT, betas.mT, strict=True)]
 
 

@@ -130,7 +130,7 @@ class Recurrence:
 
     def step(self, j: int) -> None:
         """One product."""
-        w = self.products(self.q)
+        w = self.products.columns(self.q)
         if j:
             subtract(w, self.previous, self.beta[j - 1 : j, None])
         self.alpha[j] = removed(self.space, self.q, w)[0, 0].real

@@ -1,0 +1,33 @@
+"""Bars on a terminal, in two levels: products of a run, and the batches of one product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+_SHOWING: ContextVar[bool] = ContextVar("showing", default=False)
+
+
+@contextmanager
+def products_shown(progress: bool, total: int | None = None) -> Iterator[Callable[[int], object]]:
+    """A bar of ``total`` products, where the output is a terminal; yields how to advance it."""
+    # disable=None: silent where the output is not a terminal.
+    with tqdm(total=total, unit="matvec", disable=None if progress else True) as bar:
+        token = _SHOWING.set(not bar.disable)
+        try:
+            yield bar.update
+        finally:
+            _SHOWING.reset(token)
+
+
+def batches_shown(batches: Iterable[Item], total: int) -> Iterable[Item]:
+    """The same batches, under a bar of their own if products are shown and there are several."""
+    if not _SHOWING.get() or total < 2:
+        return batches
+    return tqdm(batches, total=total, unit="batch", position=1, leave=False)
