@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from torchlinop import HessianOperator, LambdaOperator, MatrixOperator, supervised_loss
+from torchlinop import HessianOperator, LambdaOperator, MatrixOperator
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.errors import MemoryEstimateError, NonFiniteError, OptionError
+from torchlinop.losses import supervised_loss
 
 A = MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64))
 EYE = torch.eye(2, dtype=torch.float64)
