@@ -1,0 +1,227 @@
+"""A wrong operator is caught, and told what is wrong with it; a right one never is."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchlinop import LambdaOperator, MatrixOperator, as_linear_operator
+from torchlinop.errors import OptionError
+from torchlinop.testing.answers import assert_calibrated, assert_eigenpairs
+from torchlinop.testing.assertions import (
+    assert_deterministic,
+    assert_equal_operators,
+    assert_finite,
+    assert_linear,
+    assert_positive_semidefinite,
+    assert_symmetric,
+)
+from torchlinop.testing.gallery import with_spectrum
+from torchlinop.testing.subjects import as_operator
+
+F64 = torch.float64
+
+
+def semidefinite(n, dtype=F64, seed=0):
+    return with_spectrum(torch.linspace(0, 3, n, dtype=F64), seed)[0].to(dtype)
+
+
+SMALL, LARGE = semidefinite(40), semidefinite(300)
+
+
+def antisymmetric(n):
+    E = torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=F64)
+    E = E - E.T
+    return E / torch.linalg.matrix_norm(E, 2)
+
+
+def assert_all_hold(A, **how):
+    assert_finite(A, products=4, **how)
+    assert_deterministic(A, products=3, **how)
+    assert_linear(A, **how)
+    assert_symmetric(A, **how)
+    assert_positive_semidefinite(A, **how)
+    assert_equal_operators(A, A, **how)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    size=st.integers(1, 24),
+    rank=st.integers(0, 24),
+    exponent=st.integers(-30, 30),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_right_operator_passes(size, rank, exponent, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    B = torch.randn(size, min(rank, size), generator=generator, dtype=dtype)
+    assert_all_hold(MatrixOperator(2.0**exponent * (B @ B.T)), seed=seed)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.clone,
+        lambda A: A.numpy(),
+        lambda A: scipy.sparse.csr_array(A.numpy()),
+        lambda A: as_linear_operator(MatrixOperator(A)),
+        lambda A: LambdaOperator(len(A), lambda v: A @ v, dtype=A.dtype),
+    ],
+    ids=["tensor", "array", "sparse", "scipy", "ours"],
+)
+def test_every_kind_of_operator_is_taken(kind):
+    assert_all_hold(kind(SMALL))
+    assert_equal_operators(kind(SMALL), SMALL)
+
+
+def test_a_function_is_taken_with_its_size():
+    assert_all_hold(lambda v: SMALL @ v, size=40)
+    with pytest.raises(OptionError, match="expected the size n of a function"):
+        assert_linear(lambda v: v)
+
+
+@pytest.mark.filterwarnings("ignore")  # it imports what torch has deprecated
+def test_an_operator_of_curvlinops_is_taken():
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+    data = [(torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64))]
+    parameters = list(model.parameters())
+    G = curvlinops.GGNLinearOperator(
+        model, torch.nn.MSELoss(), parameters, data, check_deterministic=False
+    )
+    assert_all_hold(G)
+
+
+@pytest.mark.parametrize("A", [SMALL, LARGE], ids=["entries", "rows"])
+def test_an_operator_off_by_a_millionth_is_caught(A):
+    with pytest.raises(AssertionError, match=r"rows .*differ by more than rtol=2.2e-13"):
+        assert_equal_operators(A * (1 + 1e-6), A)
+
+
+@pytest.mark.parametrize("A", [SMALL, LARGE], ids=["entries", "rows"])
+def test_a_wrong_row_is_named(A):
+    wrong = A.clone()
+    wrong[17] *= 1 + 1e-8
+    with pytest.raises(AssertionError, match=r"^1 of \d+ rows .*(row 17 by|entry \(17,)"):
+        assert_equal_operators(wrong, A)
+
+
+@pytest.mark.parametrize("A", [SMALL, LARGE], ids=["40", "300"])
+def test_an_asymmetry_of_1e_8_is_measured(A):
+    with pytest.raises(AssertionError, match=r"<u, A v> - <A u, v>\| is .*e-(08|09) of the"):
+        assert_symmetric(A + 1e-8 * 3 * antisymmetric(len(A)))
+
+
+def test_a_nonlinear_product_is_caught():
+    with pytest.raises(AssertionError, match=r"A\(u \+ c v\) - A u - c A v is .*Reproduce: V ="):
+        assert_linear(lambda v: SMALL @ v + 1e-9 * v**2, size=40)
+
+
+def test_blocks_that_differ_from_vectors_are_caught():
+    op = LambdaOperator(40, lambda v: SMALL @ v, matmat=lambda V: SMALL @ V + 1e-9, dtype=F64)
+    with pytest.raises(AssertionError, match="a block of products differs from single ones by"):
+        assert_linear(op)
+
+
+def test_nan_once_in_a_hundred_products_is_found():
+    calls = iter(range(1000))
+
+    def product(v):
+        w = SMALL @ v
+        w[5] = torch.nan if next(calls) == 99 else w[5]
+        return w
+
+    with pytest.raises(AssertionError, match=r"product 100 of 128 .* 1 of 40 entries .*at 5\."):
+        assert_finite(product, size=40)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [torch.rand, lambda n: torch.as_tensor(np.random.rand(n))],
+    ids=["torch", "numpy"],
+)
+def test_dependence_on_global_seeds_is_caught_and_the_seeds_restored(noise):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    with pytest.raises(AssertionError, match="repeating a product changes it by"):
+        assert_deterministic(lambda v: SMALL @ v + 1e-6 * noise(40).to(v), size=40)
+    if noise is not torch.rand:
+        assert torch.rand(1) == expected[0]
+
+
+def test_a_negative_eigenvalue_is_proved():
+    A = with_spectrum(torch.linspace(-1e-6, 2, 50, dtype=F64))[0]
+    with pytest.raises(AssertionError, match="x\\^T A x = -1e-06 for a unit vector x"):
+        assert_positive_semidefinite(A)
+
+
+def test_operators_of_two_sizes_are_not_equal():
+    with pytest.raises(AssertionError, match=r"one size, got \(40, 40\) and \(300, 300\)"):
+        assert_equal_operators(SMALL, LARGE)
+
+
+SPECTRUM = torch.tensor([5, 5, 3, 2, 1, 0, 0, -4], dtype=F64)
+A8, Q8 = with_spectrum(SPECTRUM)
+
+
+@pytest.mark.parametrize(
+    ("which", "columns"), [("LA", [0, 1, 2]), ("SA", [7, 5, 6]), ("LM", [0, 1, 7])]
+)
+def test_right_eigenpairs_pass(which, columns):
+    assert_eigenpairs(
+        A8, SPECTRUM[columns], Q8[:, columns], rtol=1e-12, exact=SPECTRUM, which=which
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "vectors", "message"),
+    [
+        ([5, 5, 3], Q8[:, [0, 0, 2]], r"\|⟨x_i, x_j⟩ − δ_ij\| within .* got 1"),
+        ([5, 3, 2], Q8[:, [0, 2, 3]], "5 came 1 times and is wanted 2 times|3 came 1 times"),
+        ([5, 5, 3.1], Q8[:, :3], "within rtol .* got 0.1 for pair 3 of 3"),
+        ([5, 5, np.nan], Q8[:, :3], "got (inf|nan) for pair 3 of 3"),
+        ([5, 5, 3], Q8.T[:3], r"expected eigenvectors as columns \(8, 3\), got \(3, 8\)"),
+    ],
+)
+def test_wrong_eigenpairs_are_caught(values, vectors, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_eigenpairs(A8, values, vectors, rtol=1e-10, exact=SPECTRUM)
+
+
+def test_error_bars_that_hold_pass_and_half_as_long_ones_do_not():
+    errors = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=F64)
+    bars = torch.ones(200, dtype=F64)
+    assert_calibrated(errors, bars, conservative=False)
+    with pytest.raises(
+        AssertionError, match=r"too short: .* rms\(standard error\) = 1\.99"
+    ):
+        assert_calibrated(errors, bars / 2)
+
+
+def test_error_bars_ten_times_too_long_are_caught_on_request():
+    errors = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=F64)
+    bars = 10 * torch.ones(1000, dtype=F64)
+    assert_calibrated(errors, bars)
+    with pytest.raises(AssertionError, match="error bars are too long: 1000 of 1000"):
+        assert_calibrated(errors, bars, conservative=False)
+
+
+def test_errors_need_a_standard_error_each():
+    with pytest.raises(OptionError, match="as many standard errors as errors, got 1 and 2"):
+        assert_calibrated([0.1, 0.2], [0.1])
+
+
+def test_an_unknown_end_of_the_spectrum_is_refused():
+    with pytest.raises(OptionError, match="unknown which 'XX'; choose one of LA, SA, LM"):
+        assert_eigenpairs(A8, SPECTRUM[:1], Q8[:, :1], rtol=1, exact=SPECTRUM, which="XX")
+
+
+def test_an_operator_of_ours_is_itself():
+    op = MatrixOperator(SMALL)
+    assert as_operator(op) is op
