@@ -198,9 +198,7 @@ def test_error_bars_that_hold_pass_and_half_as_long_ones_do_not():
     errors = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=F64)
     bars = torch.ones(200, dtype=F64)
     assert_calibrated(errors, bars, conservative=False)
-    with pytest.raises(
-        AssertionError, match=r"too short: .* rms\(standard error\) = 1\.99"
-    ):
+    with pytest.raises(AssertionError, match=r"too short: .* rms\(standard error\) = 1\.99"):
         assert_calibrated(errors, bars / 2)
 
 
