@@ -6,12 +6,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from torchlinop import ParameterLayout
 from torchlinop.algorithms.result import Result
 from torchlinop.errors import OptionError
+from torchlinop.tensor_file import read, write
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,72 @@ def test_a_table_without_pandas_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(OptionError, match="this needs pandas; run: pip install pandas"):
         ANSWER.to_dataframe()
+
+
+def without_a_tensor(tensors, header):
+    return {}, header
+
+
+def with_a_tensor_too_many(tensors, header):
+    return tensors | {"more": torch.zeros(1)}, header
+
+
+def without_fields(tensors, header):
+    return tensors, {k: v for k, v in header.items() if k != "fields"}
+
+
+def with_a_dtype_that_is_none(tensors, header):
+    return tensors, header | {"fields": header["fields"] | {"dtype": {"dtype": "load"}}}
+
+
+def of_a_later_format(tensors, header):
+    return tensors, header | {"format": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_tensor, "damaged or incomplete .*'values'"),
+        (with_a_tensor_too_many, "damaged or incomplete .*'more'"),
+        (without_fields, "damaged or incomplete .*'fields'"),
+        (with_a_dtype_that_is_none, "damaged or incomplete .*'load' is no dtype"),
+        (of_a_later_format, "expected a Answer of format 1 in .*, got a Answer of format 2"),
+    ],
+)
+def test_a_changed_file_is_refused(change, message, tmp_path):
+    path = tmp_path / "a.safetensors"
+    ANSWER.save(path)
+    write(path, *change(*read(path, "cpu")))
+    with pytest.raises(OptionError, match=message):
+        Answer.load(path)
+
+
+def torch_pickle(path):
+    torch.save({"values": ANSWER.values}, path)
+
+
+def half_a_file(path):
+    ANSWER.save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def tensors_of_others(path):
+    safetensors.torch.save_file({"values": ANSWER.values}, str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch_pickle, "cannot read .* as a safetensors file"),
+        (half_a_file, "cannot read .* as a safetensors file"),
+        (lambda path: path.write_bytes(b""), "cannot read .* as a safetensors file"),
+        (lambda path: None, "cannot read .* as a safetensors file"),
+        (tensors_of_others, "expected a file written by .save"),
+    ],
+)
+def test_a_foreign_file_is_refused_and_never_unpickled(make, message, tmp_path, monkeypatch):
+    make(tmp_path / "file")
+    monkeypatch.setattr("pickle.Unpickler", None)
+    monkeypatch.setattr("pickle.load", None)
+    with pytest.raises(OptionError, match=message):
+        Answer.load(tmp_path / "file")

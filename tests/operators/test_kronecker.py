@@ -184,6 +184,11 @@ def test_a_saved_operator_is_loaded_as_the_same_matrix(tmp_path):
         ({"torchlinop": "{}"}, "operator of format 1 in .*, got something else of format None"),
         ({"torchlinop": '{"result": "Answer", "format": 1}'}, "got something else of format 1"),
         ({"torchlinop": '{"operator": "KFACOperator", "format": 2}'}, "KFACOperator of format 2"),
+        ({"torchlinop": '{"operator": "K", "format": 1}'}, "incomplete .*'blocks'"),
+        (
+            {"torchlinop": '{"operator": "K", "format": 1, "blocks": [null]}'},
+            "incomplete .*'entries'",
+        ),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, metadata, message):

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from torchlinop.errors import OptionError
-from torchlinop.operators.kronecker_file import layout_as_json, layout_from_json, read, write
 from torchlinop.parameters import ParameterLayout
+from torchlinop.tensor_file import (
+    dtype_named,
+    intact,
+    layout_as_json,
+    layout_from_json,
+    name_of,
+    read,
+    write,
+)
 
 _FORMAT = 1
 
@@ -55,7 +63,8 @@ class Result:
         """Read what ``save`` wrote, with tensors on ``device``.
 
         Raises:
-            OptionError: the file holds something else, or safetensors is not installed.
+            OptionError: the file is damaged or holds something else, or the package safetensors
+                is not installed.
         """
         tensors, header = read(path, device)
         if header.get("result") != cls.__name__ or header.get("format") != _FORMAT:
@@ -64,8 +73,9 @@ class Result:
                 f"{header.get('result', 'file of an operator')} of format "
                 f"{header.get('format')}; load it with the class that saved it"
             )
-        fields = {name: _from_json(v) for name, v in header["fields"].items()}
-        return cls(**fields, **tensors)
+        with intact(path):
+            fields = {name: _from_json(v) for name, v in header["fields"].items()}
+            return cls(**fields, **tensors)
 
     def save_npz(self, path: str | Path) -> None:
         """Write tensors and numbers as NumPy arrays; what NumPy has no type for is left out."""
@@ -84,7 +94,7 @@ class Result:
         for name, value in self._values().items():
             if isinstance(value, bool | int | float):
                 numbers[name] = float(value)
-            elif name in self._columns:
+            elif name in self._columns and isinstance(value, Tensor):
                 numbers |= {f"{name}/{i}": float(x) for i, x in enumerate(value.tolist(), 1)}
         return numbers
 
@@ -95,7 +105,7 @@ class Result:
             OptionError: pandas is not installed.
         """
         pd = optional("pandas")
-        return pd.DataFrame({name: getattr(self, name).tolist() for name in self._columns})
+        return pd.DataFrame({name: _listed(getattr(self, name)) for name in self._columns})
 
     def _values(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -114,9 +124,13 @@ def optional(module: str) -> ModuleType:
         raise OptionError(f"this needs {package}; run: pip install {package}") from error
 
 
+def _listed(column: Tensor | tuple[Any, ...]) -> list[Any]:
+    return column.tolist() if isinstance(column, Tensor) else list(column)
+
+
 def _as_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": name_of(value)}
     if isinstance(value, ParameterLayout):
         return {"layout": layout_as_json(value)}
     if isinstance(value, tuple):
@@ -129,7 +143,7 @@ def _from_json(value: Any) -> Any:
         return value
     kind, content = next(iter(value.items()))
     if kind == "dtype":
-        return getattr(torch, content)
+        return dtype_named(content)
     if kind == "layout":
         return layout_from_json(content)
     return tuple(_from_json(v) for v in content)

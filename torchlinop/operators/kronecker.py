@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from torchlinop.errors import OptionError
-from torchlinop.operators import kronecker_file
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.damping import finite_number, inverted
 from torchlinop.operators.eigenbasis import Eigenbasis, common_eigenbasis, diagonal_in
 from torchlinop.parameters import ParameterLayout
 from torchlinop.space import VectorSpace
+from torchlinop.tensor_file import intact, layout_as_json, layout_from_json, read, write
 
 Split = Literal["exact", "pi"]
 
@@ -129,7 +129,9 @@ class KroneckerOperator(CurvatureOperator):
         description: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(space, layout=layout, description=description, notes=notes)
+        super().__init__(
+            space, layout=layout, description=description, notes=notes, positive_semidefinite=True
+        )
         self.kronecker_blocks = tuple(blocks)
 
     def _matmat(self, V: Tensor) -> Tensor:
@@ -208,7 +210,7 @@ class KroneckerOperator(CurvatureOperator):
             "format": _FORMAT,
             "operator": type(self).__name__,
             "size": self.size,
-            "layout": kronecker_file.layout_as_json(self.layout),
+            "layout": layout_as_json(self.layout),
             "description": self.description,
             "notes": self.notes,
             "blocks": [_range(block.entries) for block in self.kronecker_blocks],
@@ -218,7 +220,7 @@ class KroneckerOperator(CurvatureOperator):
             for b, block in enumerate(self.kronecker_blocks)
             for part, tensor in _tensors(block).items()
         }
-        kronecker_file.write(path, tensors, header)
+        write(path, tensors, header)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> KroneckerOperator:
@@ -230,22 +232,25 @@ class KroneckerOperator(CurvatureOperator):
             OptionError: the package safetensors is not installed, the file is not one of ours,
                 or the device is none of this machine.
         """
-        tensors, header = kronecker_file.read(path, device)
+        tensors, header = read(path, device)
         if "operator" not in header or header.get("format") != _FORMAT:
             raise OptionError(
                 f"expected an operator of format {_FORMAT} in {path}, got "
                 f"{header.get('operator', 'something else')} of format {header.get('format')}; "
                 "load it with the class and the version that saved it"
             )
-        blocks = [_block(written, tensors, f"{b}.") for b, written in enumerate(header["blocks"])]
-        first = blocks[0].eigenvalues
-        return KroneckerOperator(
-            VectorSpace(header["size"], first.dtype, first.device),
-            blocks,
-            layout=kronecker_file.layout_from_json(header["layout"]),
-            description=[f"saved {header['operator']}", *header["description"]],
-            notes=header["notes"],
-        )
+        with intact(path):
+            blocks = [
+                _block(written, tensors, f"{b}.") for b, written in enumerate(header["blocks"])
+            ]
+            first = blocks[0].eigenvalues
+            return KroneckerOperator(
+                VectorSpace(header["size"], first.dtype, first.device),
+                blocks,
+                layout=layout_from_json(header["layout"]),
+                description=[f"saved {header['operator']}", *header["description"]],
+                notes=header["notes"],
+            )
 
 
 def _range(entries: slice | Tensor) -> list[int] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlinop.errors import OptionError
+from torchlinop.errors import OptionError, TorchlinopError
 from torchlinop.parameters import ParameterLayout, Slot
 
 _KEY = "torchlinop"  # under which the header is found
@@ -54,6 +55,24 @@ def read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor
     return tensors, _header(path, metadata)
 
 
+@contextmanager
+def intact(path: str | Path) -> Iterator[None]:
+    """What is made of a file inside must find all that it looks for.
+
+    Raises:
+        OptionError: it does not: the file is damaged, incomplete, or not what its header says.
+    """
+    try:
+        yield
+    except TorchlinopError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise OptionError(
+            f"{path} is damaged or incomplete ({type(error).__name__}: {error}); pass a file as "
+            ".save wrote it"
+        ) from error
+
+
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata.get(_KEY, "null"))
@@ -82,7 +101,7 @@ def layout_as_json(layout: ParameterLayout | None) -> dict[str, Any] | None:
     if layout is None:
         return None
     slots = [
-        [list(s.names), list(s.shape), s.offset, _name(s.dtype), str(s.device)]
+        [list(s.names), list(s.shape), s.offset, name_of(s.dtype), str(s.device)]
         for s in layout.slots
     ]
     return {"slots": slots, "frozen": layout.frozen, "filtered": layout.filtered}
@@ -93,14 +112,23 @@ def layout_from_json(written: Mapping[str, Any] | None) -> ParameterLayout | Non
     if written is None:
         return None
     slots = [
-        Slot(tuple(names), torch.Size(shape), offset, getattr(torch, dtype), torch.device(device))
+        Slot(tuple(names), torch.Size(shape), offset, dtype_named(dtype), torch.device(device))
         for names, shape, offset, dtype, device in written["slots"]
     ]
     return ParameterLayout(tuple(slots), tuple(written["frozen"]), tuple(written["filtered"]))
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """``"float32"`` for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The way back; TypeError for the name of something else."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype")
+    return dtype
 
 
 def _safetensors() -> ModuleType:
