@@ -32,6 +32,7 @@ class CurvatureOperator(ABC):
         layout: ParameterLayout | None = None,
         description: Sequence[str] = (),
         notes: Sequence[str] = (),
+        positive_semidefinite: bool = False,
     ) -> None:
         if layout is not None and layout.size != space.size:
             raise VectorError(
@@ -42,6 +43,8 @@ class CurvatureOperator(ABC):
         self.layout = layout  # the model's tensors in the flat vector, if it has any
         self.description = tuple(description)  # facts shown by repr
         self.notes = tuple(notes)  # further ones, a line each, shown by check
+        # Whether A ≥ 0 by construction, but for rounding. False: it is not known.
+        self.positive_semidefinite = positive_semidefinite
 
     @abstractmethod
     def _matmat(self, V: Tensor) -> Tensor:
@@ -191,7 +194,13 @@ class LinearCombination(CurvatureOperator):
         summands = [(a, type(operator).__name__) for a, operator in terms]
         summands += [(sigma, "I")] if sigma else []
         layout = first.layout if all(A.layout == first.layout for _, A in terms) else None
-        super().__init__(first.space, layout=layout, description=[_written(summands)])
+        super().__init__(
+            first.space,
+            layout=layout,
+            description=[_written(summands)],
+            positive_semidefinite=sigma >= 0
+            and all(a >= 0 and A.positive_semidefinite for a, A in terms),
+        )
         self.terms = tuple(terms)
         self.sigma = sigma
 
@@ -232,7 +241,12 @@ class Restriction(CurvatureOperator):
             )
         space = VectorSpace(len(indices), operator.dtype, operator.device)
         description = f"{len(indices):,} of {operator.size:,} rows of {type(operator).__name__}"
-        super().__init__(space, layout=layout, description=[description])
+        super().__init__(
+            space,
+            layout=layout,
+            description=[description],
+            positive_semidefinite=operator.positive_semidefinite,
+        )
         self.operator = operator
         self.indices = indices
 

@@ -50,7 +50,12 @@ class BlockDiagonalOperator(CurvatureOperator):
         _refuse_misfits(space, blocks)
         rows = sum(operator.size for _, operator in blocks)
         facts = [f"{len(blocks)} blocks on {rows:,} of {size:,} rows"]
-        super().__init__(space, layout=layout, description=facts)
+        super().__init__(
+            space,
+            layout=layout,
+            description=facts,
+            positive_semidefinite=all(A.positive_semidefinite for _, A in blocks),
+        )
         self.parts = tuple((_stored(rows, space), operator) for rows, operator in blocks)
         self._products: Products = BlockByBlock(self.parts)
 

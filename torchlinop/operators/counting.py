@@ -39,7 +39,10 @@ class CountingOperator(CurvatureOperator):
 
     def __init__(self, operator: CurvatureOperator, max_matvecs: int | None = None) -> None:
         super().__init__(
-            operator.space, layout=operator.layout, description=[f"counts {operator!r}"]
+            operator.space,
+            layout=operator.layout,
+            description=[f"counts {operator!r}"],
+            positive_semidefinite=operator.positive_semidefinite,
         )
         self.operator = operator
         self.count = ProductCount(max_matvecs)

@@ -84,7 +84,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
             pieces = _of_terms(model, dataloader, loss_fn, loss_of_output_fn, rest)
         objective, self._outputs, self._terms = pieces
         work = GaussNewtonProducts(plan.derivative, self._outputs, self._terms)
-        super().__init__(objective, work, plan)
+        super().__init__(objective, work, plan, positive_semidefinite=True)
 
     def total_weight(self) -> float:
         """Σ_n ω_n: 1 for a mean over terms. Costs a forward pass."""
@@ -234,5 +234,6 @@ class GradientCovarianceOperator(LinearCombination):
         g = second_moment.gradient()
         outer = OuterProductOperator(g, second_moment.layout)
         super().__init__([(1.0, second_moment), (-1 / second_moment.total_weight(), outer)])
+        self.positive_semidefinite = second_moment.positive_semidefinite
         self.description = second_moment.description
         self.notes = second_moment.notes

@@ -74,7 +74,8 @@ class FisherOperator(ObjectiveOperator):
             refuse_mixed_samples(objective, outputs)
             objective.data.refuse_reordering()
             metric = MonteCarlo(loss, mc_samples, sampling_seed, objective.data.starts)
-        super().__init__(objective, GaussNewtonProducts(plan.derivative, outputs, metric), plan)
+        work = GaussNewtonProducts(plan.derivative, outputs, metric)
+        super().__init__(objective, work, plan, positive_semidefinite=True)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,15 @@ from torchlinop.errors import OptionError
 from torchlinop.from_model import output_objective
 from torchlinop.losses.autograd import AutogradLoss
 from torchlinop.losses.base import LossOfOutput, OutputMap
+from torchlinop.losses.cross_entropy import CrossEntropy
+from torchlinop.losses.elementwise import ElementwiseLoss
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.losses.recognition import loss_of_output
 from torchlinop.operators.of_objective import ObjectiveOperator, ProductOptions, planned
 
 LossHvp = Literal["analytical", "autograd"]
+
+_CONVEX = (CrossEntropy, ElementwiseLoss)  # in the outputs
 
 # (outputs, batch, number of the batch) -> u ↦ M u
 Metric = Callable[[Tensor, Batch, int], OutputMap]
@@ -101,11 +105,13 @@ class GGNOperator(ObjectiveOperator):
         loss_hvp: LossHvp = "analytical",
         **options: Unpack[ProductOptions],
     ) -> None:
-        loss = _with_products(loss_of_output(loss_of_output_fn), loss_hvp)
+        given = loss_of_output(loss_of_output_fn)
+        loss = _with_products(given, loss_hvp)
         plan, rest = planned(options)
         objective = output_objective(model, dataloader, forward_fn, loss, **rest)
         work = GaussNewtonProducts(plan.derivative, objective.function.outputs, LossHessian(loss))
-        super().__init__(objective, work, plan)
+        convex = isinstance(given, _CONVEX)
+        super().__init__(objective, work, plan, positive_semidefinite=convex)
 
 
 def _with_products(loss: LossOfOutput, loss_hvp: LossHvp) -> LossOfOutput:

@@ -29,7 +29,7 @@ class OuterProductOperator(CurvatureOperator):
         self, g: Tensor, layout: ParameterLayout | None = None, description: Sequence[str] = ()
     ) -> None:
         space = VectorSpace(len(g), g.dtype, g.device)
-        super().__init__(space, layout=layout, description=description)
+        super().__init__(space, layout=layout, description=description, positive_semidefinite=True)
         self.g = g
 
     def _matmat(self, V: Tensor) -> Tensor:

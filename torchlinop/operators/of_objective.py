@@ -48,7 +48,12 @@ class ObjectiveOperator(CurvatureOperator):
     """
 
     def __init__(
-        self, objective: Objective, work: Work[LinearMap], plan: LinearizationPlan
+        self,
+        objective: Objective,
+        work: Work[LinearMap],
+        plan: LinearizationPlan,
+        *,
+        positive_semidefinite: bool = False,
     ) -> None:
         facts = preflight(objective, plan.derivative.exact, work.of)
         refuse_coarse_differences(plan.derivative, objective, facts)
@@ -60,6 +65,8 @@ class ObjectiveOperator(CurvatureOperator):
             layout=objective.layout,
             description=[*objective.description, f"{plan.name}, {self._maps.name}"],
             notes=facts.notes(objective),
+            # The errors of finite differences have any sign.
+            positive_semidefinite=positive_semidefinite and plan.derivative.exact,
         )
 
     def _matmat(self, V: Tensor) -> Tensor:
