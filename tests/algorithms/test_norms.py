@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from torchlinop import CountingOperator, HessianOperator, LambdaOperator, MatrixOperator
+from torchlinop.algorithms.diagonal import diagonal
 from torchlinop.algorithms.extremal import (
     ExtremalEigenvalues,
     condition_number,
     extremal_eigenvalues,
 )
 from torchlinop.algorithms.norms import norm
+from torchlinop.algorithms.trace import trace
 from torchlinop.errors import DefinitenessError, NonFiniteError, OptionError
 from torchlinop.testing import gallery, spectra
 from torchlinop.testing.gallery import with_spectrum
@@ -33,6 +35,18 @@ def test_the_spectrum_is_between_estimates_and_bounds(spectrum, num_matvecs, see
     rounding = 1e-13 * max(abs(low), abs(high))
     assert ends.smallest_bound <= low <= ends.smallest + rounding
     assert ends.largest - rounding <= high <= ends.largest_bound
+
+
+@pytest.mark.parametrize("gap", [0.03, 0.1, 0.3])
+def test_bounds_hold_where_a_polynomial_hides_the_largest_eigenvalue(gap):
+    """The others are at zeros of the Chebyshev polynomial that is small on all of their range."""
+    steps, n = 12, 60
+    zeros = torch.cos((torch.arange(steps) + 0.5) * torch.pi / steps).double()
+    eigenvalues = ((1 - gap) * (1 + zeros) / 2).repeat(n // steps)
+    eigenvalues[0] = 1.0
+    op = LambdaOperator(n, lambda v: eigenvalues * v, dtype=torch.float64)
+    bounds = [extremal_eigenvalues(op, steps, seed=s).largest_bound for s in range(60)]
+    assert min(bounds) >= 1
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -105,6 +119,42 @@ def test_norms_are_within_their_bounds(spectrum, ord, seed):
     truth = {2: x.abs().max(), "fro": x.norm(), "nuc": x.abs().sum()}[ord]
     slack = 3 * result.stderr  # of an interval of 95 %
     assert result.lower - slack - 1e-9 <= float(truth) <= result.upper + slack + 1e-9
+
+
+@pytest.mark.parametrize("spectrum", [spectra.neural, spectra.flat, spectra.exponential])
+def test_the_bounds_of_the_nuclear_norm_cover_the_error_of_few_steps(spectrum):
+    op, truth = operator(spectrum), float(spectrum(300).abs().sum())
+    results = [norm(op, "nuc", num_matvecs=60, seed=seed) for seed in range(20)]
+    assert sum(r.lower <= truth <= r.upper for r in results) >= 19
+
+
+def test_the_nuclear_norm_is_known_if_its_nodes_are_eigenvalues():
+    op = MatrixOperator(with_spectrum(torch.tensor([-1.0, 1.0]).repeat(50).double())[0])
+    result = norm(op, "nuc", num_matvecs=80)
+    assert result.lower == pytest.approx(100, abs=1e-9)
+    assert result.upper == pytest.approx(100, abs=1e-9)
+
+
+TINY_AND_HUGE = [(torch.float32, -100), (torch.float32, 100), (torch.float64, -1000)]
+
+
+@pytest.mark.parametrize(("dtype", "power"), TINY_AND_HUGE)
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        lambda op: [norm(op, ord).estimate for ord in (2, "fro", "nuc")],
+        lambda op: [norm(op, ord).upper for ord in (2, "fro", "nuc")],
+        lambda op: list(extremal_eigenvalues(op)),
+        lambda op: [trace(op, method=m).estimate for m in ("hutchinson", "xtrace", "na-hutch++")],
+        lambda op: diagonal(op).estimate.tolist(),
+        lambda op: diagonal(op, method="hutchinson").stderr.tolist(),
+    ],
+)
+def test_tiny_and_huge_matrices_give_the_same_digits(numbers, dtype, power):
+    A = with_spectrum(spectra.neural(100))[0].to(dtype)
+    expected = numbers(MatrixOperator(A))
+    scaled = A * 2.0 ** (power / 2) * 2.0 ** (power / 2)  # 2^p itself may be out of range
+    assert [x / 2.0**power for x in numbers(MatrixOperator(scaled))] == expected
 
 
 def test_the_frobenius_norm_has_the_error_of_deflation_not_of_probes():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import inner
+from torchlinop.algorithms.early_stop import announced, notes, taken
 from torchlinop.algorithms.leave_one_out import drop, without_direction
 from torchlinop.algorithms.probes import (
     Probes,
@@ -20,14 +22,15 @@ from torchlinop.algorithms.probes import (
     refuse_seed,
     unit_vectors,
 )
-from torchlinop.algorithms.products import multiply
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.sketched_range import (
-    SketchedRange,
+    RangeAndImage,
     columns_dot,
     normals,
     refuse_asymmetric,
 )
+from torchlinop.algorithms.unit_scale import UnitScale
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -47,6 +50,7 @@ class DiagonalResult(Result):
     seed: int
     dtype: torch.dtype
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     _columns: ClassVar[tuple[str, ...]] = ("estimate", "stderr")
 
@@ -54,10 +58,11 @@ class DiagonalResult(Result):
         size = float(self.estimate.double().norm())
         error = float(self.stderr.double().norm())
         relative = f"{error / size:.1e}" if size else "0"
-        return (
+        line = (
             f"DiagonalResult  {len(self.estimate):,} entries, 2-norm {size:.4g} | estimated error "
             f"{relative} of it | {self.method} | {self.matvecs:,} matvecs | seed {self.seed}"
         )
+        return "\n".join([line, *(f"  {warning}" for warning in self.warnings)])
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a logger: not the entries."""
@@ -74,6 +79,8 @@ def diagonal(
     *,
     method: DiagonalMethod = "xdiag",
     seed: int = 0,
+    max_seconds: float = math.inf,
+    progress: bool = False,
 ) -> DiagonalResult:
     """Estimate the diagonal of A from products with Rademacher probes; exact if n are granted.
 
@@ -82,87 +89,117 @@ def diagonal(
     about n num_matvecs³ / 2 operations, for jackknife standard errors. ``"hutchinson"`` (Bekas,
     Kokiopoulou, Saad, Applied Numerical Mathematics 57, 2007) keeps two vectors.
 
-    Of a Hermitian operator, the real part is used, which has the same diagonal.
+    Of a Hermitian operator, the real part is used, which has the same diagonal. Ctrl-C, or
+    ``max_seconds``, returns the estimate from the blocks of 16 probes that are complete, if there
+    is one; ``progress`` shows a bar on a terminal.
 
     Raises:
         OptionError: an unknown option, or fewer products than the method needs (4 and 2).
         NonFiniteError: a product holds NaN or infinity; SymmetryError: A is not symmetric.
+        NotConvergedError: time was over before n products, of which the exact diagonal is made.
     """
-    start = time.perf_counter()
     refuse_num_matvecs(num_matvecs)
     refuse_seed(seed)
     if method not in get_args(DiagonalMethod):
         raise OptionError(
             f"unknown method {method!r}; choose one of {', '.join(get_args(DiagonalMethod))}"
         )
-    A = real_part(op)
+    A = UnitScale(real_part(op))
     exact = num_matvecs >= A.size
     estimator = _exact if exact else {"xdiag": _xdiag, "hutchinson": _hutchinson}[method]
-    estimate, stderr, matvecs = estimator(A, num_matvecs, seed)
-    on_host(A, A.space.norm(estimate)[None])
+    with run_of_products(
+        A, total=num_matvecs, max_seconds=max_seconds, progress=progress
+    ) as products:
+        found = estimator(products, num_matvecs, seed)
+        on_host(products, A.space.norm(found.estimate)[None])
+    stderr = found.stderr
     if not exact:  # what no probe can see is the rounding of the products
-        stderr = torch.maximum(stderr, torch.finfo(A.dtype).eps * estimate.abs())
-    return DiagonalResult(
-        estimate,
-        stderr,
+        stderr = torch.maximum(stderr, torch.finfo(A.dtype).eps * found.estimate.abs())
+    result = DiagonalResult(
+        found.estimate * A.scale,
+        stderr * A.scale,
         "exact" if exact else method,
-        matvecs,
+        products.matvecs,
         seed,
         op.dtype,
-        time.perf_counter() - start,
+        products.seconds,
+        notes(found.stopped, products, num_matvecs),
     )
+    return announced(result)
 
 
-def _exact(op: CurvatureOperator, num_matvecs: int, seed: int) -> tuple[Tensor, Tensor, int]:
-    entries = torch.cat([forms(op, E) for E in unit_vectors(op.space)]).to(op.dtype)
-    return entries, torch.zeros_like(entries), op.size
+class _Found(NamedTuple):
+    estimate: Tensor  # (n,)
+    stderr: Tensor  # (n,)
+    stopped: str = ""  # why, before all products were spent
 
 
-def _hutchinson(op: CurvatureOperator, num_matvecs: int, seed: int) -> tuple[Tensor, Tensor, int]:
-    """Mean and spread of ω ⊙ A ω, updated chunk by chunk (Chan, Golub, LeVeque 1983)."""
+def _exact(products: Products, num_matvecs: int, seed: int) -> _Found:
+    entries = torch.cat([forms(products, E) for E in unit_vectors(products)])
+    entries = entries.to(products.operator.dtype)
+    return _Found(entries, torch.zeros_like(entries))
+
+
+def _hutchinson(products: Products, num_matvecs: int, seed: int) -> _Found:
     if num_matvecs < 2:
         raise OptionError(
             'expected num_matvecs to be at least 2 for method="hutchinson", got '
             f"{num_matvecs}; a standard error needs two samples"
         )
-    count = 0
-    mean = squares = torch.zeros(())
-    for Omega in Probes(op.space, "rademacher", seed, 0).chunks(0, num_matvecs):
-        samples = Omega * multiply(op, Omega)
-        k = samples.shape[1]
-        own = samples.mean(1)
-        spread = (samples - own[:, None]).square().sum(1)
-        if count:
-            difference = own - mean
-            mean = mean + difference * (k / (count + k))
-            squares = squares + spread + difference.square() * (count * k / (count + k))
-        else:
-            mean, squares = own, spread
-        count += k
-    return mean, (squares / (count * (count - 1))).sqrt(), count
+    moments = _Moments()
+    blocks = moments.grow(
+        products, Probes(products.operator.space, "rademacher", seed, 0), num_matvecs
+    )
+    stopped = taken(products, blocks, lambda: moments.count)
+    return _Found(moments.mean, moments.stderr, stopped)
 
 
-def _xdiag(op: CurvatureOperator, num_matvecs: int, seed: int) -> tuple[Tensor, Tensor, int]:
+class _Moments:
+    """Mean and spread of ω ⊙ A ω, updated block by block (Chan, Golub, LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    @property
+    def stderr(self) -> Tensor:
+        """Of the mean, (n,)."""
+        return (self._squares / (self.count * (self.count - 1))).sqrt()
+
+    def grow(self, products: Products, probes: Probes, count: int) -> Iterator[None]:
+        """Take so many samples in all; yields before every block of them."""
+        for Omega in probes.chunks(self.count, count):
+            yield
+            samples = Omega * products(Omega)
+            k = samples.shape[1]
+            own = samples.mean(1)
+            spread = (samples - own[:, None]).square().sum(1)
+            difference, weight = own - self.mean, self.count / (self.count + k)
+            self.mean, self._squares, self.count = (
+                self.mean + difference * (1 - weight),
+                self._squares + spread + difference.square() * (k * weight),
+                self.count + k,
+            )
+
+
+def _xdiag(products: Products, num_matvecs: int, seed: int) -> _Found:
     """Mean over i of ``diag(P_i A) + ω_i ⊙ (I - P_i) A ω_i`` with P_i = Q (I - s_i s_iᵀ) Qᵀ."""
-    k = num_matvecs // 2
-    if k < 2:
+    if num_matvecs < 4:
         raise OptionError(
             f'expected num_matvecs to be at least 4 for method="xdiag", got {num_matvecs}; '
             'raise it, or use method="hutchinson"'
         )
-    sketch = SketchedRange(op, "rademacher", seed)
-    sketch.grow(k)
-    Q, Omega = sketch.Q, sketch.Omega
-    Z = multiply(op, Q)
-    R, T = on_host(op, sketch.R, inner(op.space, Z, Omega))
-    refuse_asymmetric(op, R, T)
+    sketch = RangeAndImage(products, "rademacher", seed)
+    stopped = taken(products, sketch.grow(num_matvecs // 2), lambda: sketch.size)
+    Q, Z, Omega = sketch.Q, sketch.Z, sketch.Omega
+    R, T = on_host(products, sketch.R, inner(products.operator.space, Z, Omega))
+    refuse_asymmetric(products.operator, R, T)
     S = normals(R)
     estimate, stderr = Q.new_empty(2, len(Q))
     # Rows are independent of each other.
-    for part in torch.arange(len(Q)).split(max(1, _ENTRIES // k)):
+    for part in torch.arange(len(Q)).split(max(1, _ENTRIES // sketch.size)):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         estimate[rows], stderr[rows] = _jackknifed_rows(Q[rows], Z[rows], Omega[rows], S, T)
-    return estimate, stderr, 2 * k
+    return _Found(estimate, stderr, stopped)
 
 
 def _jackknifed_rows(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import inner, small_dtype, subtract
-from torchlinop.algorithms.products import working_dtype
+from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.space import VectorSpace
 
 # "Twice is enough" (Parlett 1980, section 6.9) for columns that are independent of Q. What is left
@@ -17,7 +17,7 @@ _PROJECTIONS = 3
 _LEFT = 0.5
 
 
-class OrthonormalColumns:
+class OrthonormalColumns(ColumnBuffer):
     """Q (n, size), whose columns are orthonormal or zero, and which grows.
 
     Zero columns need no special case where Q only enters through Q Qᵀ. Nothing is read back from
@@ -25,16 +25,13 @@ class OrthonormalColumns:
     """
 
     def __init__(self, space: VectorSpace, capacity: int = 0) -> None:
+        super().__init__(space, capacity)
         self._space = space
-        self._rows = torch.empty(
-            capacity, space.size, dtype=working_dtype(space.dtype), device=space.device
-        )
-        self.size = 0
 
     @property
     def Q(self) -> Tensor:  # noqa: N802
         """The columns (n, size), a view."""
-        return self._rows[: self.size].mT
+        return self.columns
 
     def extend(self, Y: Tensor) -> Tensor:
         """Append the directions of Y (n, k); R (size, k) with ``Y = Q R``.
@@ -46,7 +43,7 @@ class OrthonormalColumns:
         self.reserve(old + k)
         R = torch.zeros(old + k, k, dtype=small_dtype(Y.dtype), device=Y.device)
         for i in range(k):
-            self._append(Y[:, i], R[:, i : i + 1])
+            self._extend(Y[:, i : i + 1], R[:, i : i + 1])
         return R
 
     def project_out(self, G: Tensor, size: int | None = None) -> Tensor:
@@ -56,10 +53,9 @@ class OrthonormalColumns:
             subtract(G, Q, inner(self._space, Q, G))
         return G
 
-    def _append(self, y: Tensor, r: Tensor) -> None:
+    def _extend(self, y: Tensor, r: Tensor) -> None:
         j, Q = self.size, self.Q
-        q = self._rows[j : j + 1].mT
-        q.copy_(y[:, None])
+        q = self.append(y)
         lengths = []
         for _ in range(_PROJECTIONS):
             h = inner(self._space, Q, q)
@@ -69,11 +65,3 @@ class OrthonormalColumns:
         alive = lengths[-1] > _LEFT * lengths[-2]
         q.mul_(torch.where(alive, 1 / lengths[-1], 0.0).to(q.dtype))
         r[j] = torch.where(alive, lengths[-1], 0.0)
-        self.size += 1
-
-    def reserve(self, capacity: int) -> None:
-        """Allocate as many columns, if there are fewer."""
-        missing = capacity - len(self._rows)
-        if missing > 0:
-            more = self._rows.new_empty(missing, self._space.size)
-            self._rows = torch.cat([self._rows, more]) if len(self._rows) else more

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import inner
+from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.hutchinson import Estimate, of_independent
-from torchlinop.algorithms.probes import WIDTH, Probes, forms, on_host
-from torchlinop.algorithms.products import multiply
-from torchlinop.operators.base import CurvatureOperator
+from torchlinop.algorithms.probes import Probes, forms, on_host
+from torchlinop.algorithms.products import Products
 from torchlinop.space import Distribution
+
+
+class _Split(NamedTuple):
+    """tr A as the trace on the first columns of a basis Q, and samples of what is left."""
+
+    rank: int
+    captured: Tensor  # tr(QᵀAQ)
+    residuals: Tensor  # (k,)
 
 
 class HutchPlusPlus:
@@ -29,49 +38,57 @@ class HutchPlusPlus:
     vectors: ClassVar[float] = 1 / 3
     usual: ClassVar[Distribution] = "rademacher"
 
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
-        self._op = op
-        self._sketch = Probes(op.space, distribution, seed, 0)
-        self._tests = Probes(op.space, distribution, seed, 1)
-        self._basis = OrthonormalColumns(op.space)
-        self._captured = torch.zeros((), dtype=torch.float64, device=op.device)  # tr(QᵀAQ)
-        self._residuals = torch.zeros(0, dtype=torch.float64, device=op.device)
-        self.matvecs = 0
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        space = products.operator.space
+        self._products = products
+        self._sketch = Probes(space, distribution, seed, 0)
+        self._tests = Probes(space, distribution, seed, 1)
+        self._basis = OrthonormalColumns(space)
+        zero = torch.zeros(1, dtype=torch.float64, device=space.device)
+        self._split = _Split(0, zero[0], zero[:0])
 
-    def spend(self, num_matvecs: int) -> None:
+    @property
+    def matvecs(self) -> int:
+        """Products in the estimate; 0 before the first residual sample."""
+        tested = len(self._split.residuals)
+        return tested and 2 * self._split.rank + tested
+
+    def spend(self, num_matvecs: int) -> Iterator[None]:
         """Go on until ``num_matvecs`` products are spent in all."""
-        old, tested = self._basis.size, len(self._residuals)
+        tested = len(self._split.residuals)
         # At least two residual samples, as one has no standard error, and all that there are.
         rank = max(0, min(num_matvecs // 3, (num_matvecs - max(2, tested)) // 2))
         self._basis.reserve(rank)
-        for S in self._sketch.chunks(old, rank):
-            self._basis.extend(multiply(self._op, S))
-        for start in range(old, rank, WIDTH):
-            self._capture(start, min(start + WIDTH, rank))
+        for S in self._sketch.chunks(self._split.rank, rank):
+            yield
+            self._basis.extend(self._products(S))
+            self._split = self._deflated(self._basis.size)
         for G in self._tests.chunks(tested, num_matvecs - 2 * rank):
-            residuals = forms(self._op, self._basis.project_out(G))
-            self._residuals = torch.cat([self._residuals, residuals])
-        self.matvecs = num_matvecs
+            yield
+            residuals = forms(self._products, self._basis.project_out(G))
+            old = self._split
+            self._split = old._replace(residuals=torch.cat([old.residuals, residuals]))
 
     def estimate(self) -> Estimate:
-        residuals, captured = on_host(self._op, self._residuals, self._captured)
+        residuals, captured = on_host(self._products, self._split.residuals, self._split.captured)
         return of_independent(residuals, float(captured))
 
-    def _capture(self, start: int, stop: int) -> None:
-        """Move the directions Q of these columns from the residual to what is exact.
+    def _deflated(self, rank: int) -> _Split:
+        """The split with the directions Q up to this column moved from residual to captured.
 
         Samples gᵀAg taken before become those of g - Q c with c = Qᵀg, without a product:
         ``gᵀAg - 2 cᵀ(AQ)ᵀg + cᵀ(QᵀAQ)c``.
         """
-        space, Q = self._op.space, self._basis.Q[:, start:stop]
-        Z = multiply(self._op, Q)
+        old, space = self._split, self._products.operator.space
+        Q = self._basis.Q[:, old.rank : rank]
+        Z = self._products(Q)
         H = inner(space, Q, Z)
-        self._captured += H.trace()
-        for first in range(0, len(self._residuals), WIDTH):
-            part = slice(first, min(first + WIDTH, len(self._residuals)))
-            G = self._basis.project_out(self._tests.columns(part.start, part.stop), start)
+        changes = [old.residuals[:0]]
+        for G in self._tests.chunks(0, len(old.residuals)):
+            G = self._basis.project_out(G, old.rank)  # noqa: PLW2901
             C, ZG = inner(space, Q, G), inner(space, Z, G)
-            self._residuals[part] += (C * (H @ C - 2 * ZG)).sum(0)
+            changes.append((C * (H @ C - 2 * ZG)).sum(0))
+        return _Split(rank, old.captured + H.trace(), old.residuals + torch.cat(changes))
 
 
 class NonAdaptiveHutchPlusPlus:
@@ -86,39 +103,44 @@ class NonAdaptiveHutchPlusPlus:
     vectors: ClassVar[float] = 3 / 4
     usual: ClassVar[Distribution] = "rademacher"
 
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
-        self._op = op
-        self._S, self._R, self._G = (Probes(op.space, distribution, seed, i) for i in range(3))
-        self._W: list[Tensor] = []
-        self._Z: list[Tensor] = []
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        space = products.operator.space
+        self._products = products
+        self._S, self._R, self._G = (Probes(space, distribution, seed, i) for i in range(3))
+        self._W, self._Z = ColumnBuffer(space), ColumnBuffer(space)
         self._forms: list[Tensor] = []
         self._widths = (0, 0, 0)
-        self.matvecs = 0
 
-    def spend(self, num_matvecs: int) -> None:
+    @property
+    def matvecs(self) -> int:
+        return sum(self._widths)
+
+    def spend(self, num_matvecs: int) -> Iterator[None]:
         """Go on until ``num_matvecs`` products are spent in all."""
         r = num_matvecs // 2
         g = max(self._widths[2], num_matvecs - r - num_matvecs // 4)
-        widths = (num_matvecs - r - g, r, g)
-        for products, probes, old, new in (
-            (self._W, self._S, self._widths[0], widths[0]),
-            (self._Z, self._R, self._widths[1], widths[1]),
-        ):
-            products.extend(multiply(self._op, X) for X in probes.chunks(old, new))
+        s = num_matvecs - r - g
+        for images, probes, k in ((self._W, self._S, s), (self._Z, self._R, r)):
+            images.reserve(k)
+            for X in probes.chunks(images.size, k):
+                yield
+                images.append(self._products(X))
         for G in self._G.chunks(self._widths[2], g):
-            self._forms.append(forms(self._op, G))
-        self._widths = widths
-        self.matvecs = num_matvecs
+            yield
+            self._forms.append(forms(self._products, G))
+        self._widths = (s, r, g)
 
     def estimate(self) -> Estimate:
-        inner_of = self._op.space.inner
-        W, Z = torch.cat(self._W, dim=1), torch.cat(self._Z, dim=1)
+        space = self._products.operator.space
         s, r, g = self._widths
-        SZ = torch.cat([inner_of(S, Z) for S in self._S.chunks(0, s)]).double()
-        GZ = torch.cat([inner_of(G, Z) for G in self._G.chunks(0, g)]).double()
-        GW = torch.cat([inner_of(G, W) for G in self._G.chunks(0, g)]).double()
-        WZ = inner_of(W, Z).double()
-        SZ, GZ, GW, WZ, GAG = on_host(self._op, SZ, GZ, GW, WZ, torch.cat(self._forms))
+        W, Z = self._W.columns[:, :s], self._Z.columns[:, :r]
+        SZ = torch.cat([inner(space, S, Z) for S in self._S.chunks(0, s)])
+        GZ = torch.cat([inner(space, G, Z) for G in self._G.chunks(0, g)])
+        GW = torch.cat([inner(space, G, W) for G in self._G.chunks(0, g)])
+        SZ, GZ, GW, WZ, GAG = on_host(
+            self._products, SZ, GZ, GW, inner(space, W, Z), torch.cat(self._forms)[:g]
+        )
         # Singular values below the rounding of the products say nothing.
-        M = torch.linalg.pinv(SZ, rtol=r * torch.finfo(self._op.dtype).eps)
+        eps = torch.finfo(self._products.operator.dtype).eps
+        M = torch.linalg.pinv(SZ, rtol=r * eps)
         return of_independent(GAG - ((GZ @ M) * GW).sum(1), float((M @ WZ).trace()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from torchlinop.algorithms.probes import Probes, forms, on_host
+from torchlinop.algorithms.products import Products
 from torchlinop.errors import OptionError
-from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
 
 
@@ -65,18 +66,21 @@ class Hutchinson:
     vectors: ClassVar[float] = 0.0
     usual: ClassVar[Distribution] = "rademacher"
 
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
-        self._op = op
-        self._probes = Probes(op.space, distribution, seed, 0)
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        self._products = products
+        self._probes = Probes(products.operator.space, distribution, seed, 0)
         self._samples: list[Tensor] = []
-        self.matvecs = 0
 
-    def spend(self, num_matvecs: int) -> None:
+    @property
+    def matvecs(self) -> int:
+        return sum(map(len, self._samples))
+
+    def spend(self, num_matvecs: int) -> Iterator[None]:
         """Go on until ``num_matvecs`` products are spent in all."""
         for X in self._probes.chunks(self.matvecs, num_matvecs):
-            self._samples.append(forms(self._op, X))
-        self.matvecs = num_matvecs
+            yield
+            self._samples.append(forms(self._products, X))
 
     def estimate(self) -> Estimate:
-        (samples,) = on_host(self._op, torch.cat(self._samples))
+        (samples,) = on_host(self._products, torch.cat(self._samples))
         return of_independent(samples)

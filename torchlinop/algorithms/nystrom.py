@@ -11,7 +11,7 @@ from torchlinop.algorithms.basis import inner, small_dtype
 from torchlinop.algorithms.extremal import extremal_eigenvalues
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.probes import on_host
-from torchlinop.algorithms.products import Products, roundoff
+from torchlinop.algorithms.products import roundoff, run_of_products
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import DefinitenessError, OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -28,7 +28,12 @@ class NystromOperator(CurvatureOperator):
         self, operator: CurvatureOperator, U: Tensor, eigenvalues: Tensor, beyond: float
     ) -> None:
         description = f"rank {len(eigenvalues)} and {beyond:.3g} beyond, of {operator!r}"
-        super().__init__(operator.space, layout=operator.layout, description=[description])
+        super().__init__(
+            operator.space,
+            layout=operator.layout,
+            description=[description],
+            positive_semidefinite=beyond >= 0 and bool((eigenvalues >= 0).all()),
+        )
         self.U = U  # (n, r) orthonormal
         self.eigenvalues = eigenvalues  # (r,) float64, descending
         self.beyond = beyond  # s
@@ -89,9 +94,12 @@ def nystrom(
     _refuse_negative(op, seed)
     space, eps = op.space, roundoff(op.dtype)
     Omega = starting_block(op, None, rank, seed)
-    Y = Products(op).columns(Omega)
-    basis = OrthonormalColumns(space, rank)
-    R, W, H = on_host(op, basis.extend(Y), inner(space, basis.Q, Omega), inner(space, Omega, Y))
+    with run_of_products(op) as products:
+        Y = products.columns(Omega)
+        basis = OrthonormalColumns(space, rank)
+        R, W, H = on_host(
+            products, basis.extend(Y), inner(space, basis.Q, Omega), inner(space, Omega, Y)
+        )
     H = (H + H.mT) / 2
     ritz_values = torch.linalg.eigvalsh(H)
     _refuse_below(op, float(ritz_values[0]), float(R.norm()))

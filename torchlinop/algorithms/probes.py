@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
-from torchlinop.algorithms.products import multiply, working_dtype
-from torchlinop.errors import NonFiniteError, OptionError
+from torchlinop.algorithms.products import Products, working_dtype
+from torchlinop.errors import NotConvergedError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution, VectorSpace
 
@@ -43,32 +42,38 @@ class Probes:
         return self.space.random(1, int(state[0]), self.distribution)[:, 0]
 
 
-def unit_vectors(space: VectorSpace) -> Iterator[Tensor]:
-    """All unit vectors, at most ``WIDTH`` at a time, (n, WIDTH) each."""
-    for start in range(0, space.size, WIDTH):
-        width = min(WIDTH, space.size - start)
-        E = torch.zeros(space.size, width, dtype=working_dtype(space.dtype), device=space.device)
+def unit_vectors(products: Products) -> Iterator[Tensor]:
+    """All unit vectors, at most ``WIDTH`` at a time, (n, WIDTH) each: for an exact answer.
+
+    Raises:
+        NotConvergedError: the time of the run is over.
+    """
+    n, device = products.operator.size, products.operator.device
+    for start in range(0, n, WIDTH):
+        if products.late:
+            raise NotConvergedError(
+                f"time was over before the {n} products of an exact answer were taken; raise "
+                "max_seconds, or ask for an estimate from fewer: num_matvecs=60, say"
+            )
+        width = min(WIDTH, n - start)
+        E = torch.zeros(n, width, dtype=products.dtype, device=device)
         E[start : start + width].fill_diagonal_(1)
         yield E
 
 
-def forms(op: CurvatureOperator, X: Tensor) -> Tensor:
+def forms(products: Products, X: Tensor) -> Tensor:
     """``xᵀ A x`` of every column, (k,) in double precision. Costs k products."""
-    return inner(op.space, X, multiply(op, X)).diagonal()
+    return products.dots(X, products(X))
 
 
-def on_host(op: CurvatureOperator, *small: Tensor) -> list[Tensor]:
+def on_host(products: Products, *small: Tensor) -> list[Tensor]:
     """Small tensors on the CPU.
 
     Raises:
         NonFiniteError: one of them is not finite, as products of the operator were not.
     """
     tensors = [tensor.cpu() for tensor in small]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise NonFiniteError(
-            f"the products of {op!r} hold NaN or infinity; look for them in the data and the "
-            "parameters, or call op.check()"
-        )
+    products.refuse_non_finite(*tensors)
     return tensors
 
 
@@ -96,7 +101,12 @@ class RealPart(CurvatureOperator):
 
     def __init__(self, operator: CurvatureOperator) -> None:
         space = replace(operator.space, dtype=operator.dtype.to_real())
-        super().__init__(space, layout=operator.layout, description=[f"real part of {operator!r}"])
+        super().__init__(
+            space,
+            layout=operator.layout,
+            description=[f"real part of {operator!r}"],
+            positive_semidefinite=operator.positive_semidefinite,
+        )
         self.operator = operator
 
     def _matmat(self, V: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.probes import Probes
-from torchlinop.algorithms.products import multiply
+from torchlinop.algorithms.products import Products
 from torchlinop.errors import SymmetryError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
@@ -21,27 +24,90 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class SketchedRange:
-    """Probes Ω (n, k) and the range of their products, which grow. Keeps 2k vectors."""
+    """Probes Ω (n, size) and the range of their products, A Ω = Q R, which grow.
 
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
-        self._op = op
-        self._probes = Probes(op.space, distribution, seed, 0)
-        self._basis = OrthonormalColumns(op.space)
-        self.Omega = self._basis.Q
-        self.R = torch.zeros(0, 0, dtype=torch.float64, device=op.device)
+    Keeps two vectors a probe.
+    """
+
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        space = products.operator.space
+        self._products = products
+        self._probes = Probes(space, distribution, seed, 0)
+        self._drawn, self._basis = ColumnBuffer(space), OrthonormalColumns(space)
+        self._R = torch.zeros(0, 0, dtype=torch.float64, device=space.device)
+        self.size = 0  # of the blocks that are complete
+
+    @property
+    def Omega(self) -> Tensor:  # noqa: N802
+        """The probes (n, size)."""
+        return self._drawn.columns[:, : self.size]
 
     @property
     def Q(self) -> Tensor:  # noqa: N802
-        """Orthonormal (or zero) columns (n, k)."""
-        return self._basis.Q
+        """Orthonormal (or zero) columns (n, size)."""
+        return self._basis.Q[:, : self.size]
 
-    def grow(self, k: int) -> None:
-        """Use k probes in all. Costs as many products as there are new ones."""
-        old = self._basis.size
-        Omega = self._probes.columns(old, k)
-        R = self._basis.extend(multiply(self._op, Omega))
-        self.R = torch.cat([pad(self.R, (0, 0, 0, k - old)), R], dim=1)
-        self.Omega = torch.cat([self.Omega.mT, Omega.mT]).mT
+    @property
+    def R(self) -> Tensor:  # noqa: N802
+        """An upper triangle (size, size)."""
+        return self._R[: self.size, : self.size]
+
+    def grow(self, k: int) -> Iterator[None]:
+        """Use k probes in all, a product each; yields before every block of them."""
+        for buffer in (self._drawn, self._basis):
+            buffer.reserve(k)
+        for Omega in self._probes.chunks(self.size, k):
+            yield
+            R = self._basis.extend(self._products(Omega))
+            self._drawn.append(Omega)
+            self._R = torch.cat([pad(self._R, (0, 0, 0, Omega.shape[1])), R], dim=1)
+            self.size = self._drawn.size
+
+
+class RangeAndImage:
+    """A Ω = Q R and Z = A Q, which grow. Keeps three vectors a probe, for two products."""
+
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        self._products = products
+        self._range = SketchedRange(products, distribution, seed)
+        self._image = ColumnBuffer(products.operator.space)
+
+    @property
+    def size(self) -> int:
+        """The number of probes whose products are all there."""
+        return self._image.size
+
+    @property
+    def Omega(self) -> Tensor:  # noqa: N802
+        """The probes (n, size)."""
+        return self._range.Omega[:, : self.size]
+
+    @property
+    def Q(self) -> Tensor:  # noqa: N802
+        """Orthonormal (or zero) columns (n, size)."""
+        return self._range.Q[:, : self.size]
+
+    @property
+    def R(self) -> Tensor:  # noqa: N802
+        """An upper triangle (size, size)."""
+        return self._range.R[: self.size, : self.size]
+
+    @property
+    def Z(self) -> Tensor:  # noqa: N802
+        """A Q (n, size)."""
+        return self._image.columns
+
+    def grow(self, k: int) -> Iterator[None]:
+        """Use k probes in all; yields before every block of them."""
+        self._image.reserve(k)
+        for _ in self._range.grow(k):
+            self._complete()
+            yield
+        self._complete()
+
+    def _complete(self) -> None:
+        if self._range.size > self.size:
+            self._image.append(self._products(self._range.Q[:, self.size :]))
 
 
 def normals(R: Tensor) -> Tensor:

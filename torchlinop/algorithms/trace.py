@@ -1,17 +1,16 @@
-"""tr A from products, with a standard error that can be believed: the choice of a method."""
+"""tr A from products, with a standard error that can be believed."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import ClassVar, Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack, get_args
 
 import torch
 
-from torchlinop.algorithms.hutch_plus_plus import HutchPlusPlus, NonAdaptiveHutchPlusPlus
-from torchlinop.algorithms.hutchinson import Estimate, Hutchinson
+from torchlinop.algorithms.early_stop import announced, notes, taken
+from torchlinop.algorithms.hutchinson import Estimate
 from torchlinop.algorithms.probes import (
     forms,
     on_host,
@@ -20,41 +19,23 @@ from torchlinop.algorithms.probes import (
     refuse_seed,
     unit_vectors,
 )
+from torchlinop.algorithms.products import Products, roundoff, run_of_products
+from torchlinop.algorithms.trace_method import (
+    ESTIMATORS,
+    Estimator,
+    Method,
+    affordable,
+    suitable,
+)
 from torchlinop.algorithms.trace_result import TraceResult
-from torchlinop.algorithms.xnystrace import XNysTrace
-from torchlinop.algorithms.xtrace import XTrace
-from torchlinop.errors import MemoryEstimateError, NotConvergedWarning, OptionError, warn_caller
-from torchlinop.memory import free_bytes
+from torchlinop.algorithms.unit_scale import UnitScale
+from torchlinop.errors import NotConvergedError, OptionError
 from torchlinop.operators.base import CurvatureOperator
-from torchlinop.space import Distribution, VectorSpace
-
-Method = Literal["auto", "hutchinson", "hutch++", "na-hutch++", "xtrace", "xnystrace"]
+from torchlinop.space import Distribution
 
 _USUAL = 60  # products, if neither their number nor an accuracy is asked for
+_ROUNDINGS = 4  # in an estimate, which sums many of them: observed up to 4 beyond the rank
 _FIRST, _MOST = 32, 1000  # products before the first look at an accuracy, and at most
-_ENOUGH_FOR_A_SKETCH = 16  # with fewer products, too few samples are left for a standard error
-
-
-class Estimator(Protocol):
-    """A way to estimate a trace that goes on from what it has when more products are granted."""
-
-    fewest: ClassVar[int]  # products
-    vectors: ClassVar[float]  # kept, for every product
-    usual: ClassVar[Distribution]
-    matvecs: int
-
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None: ...
-    def spend(self, num_matvecs: int) -> None: ...
-    def estimate(self) -> Estimate: ...
-
-
-_ESTIMATORS: dict[str, type[Estimator]] = {
-    "hutchinson": Hutchinson,
-    "hutch++": HutchPlusPlus,
-    "na-hutch++": NonAdaptiveHutchPlusPlus,
-    "xtrace": XTrace,
-    "xnystrace": XNysTrace,
-}
 
 
 def trace(
@@ -65,179 +46,178 @@ def trace(
     method: Method = "auto",
     distribution: Distribution | None = None,
     seed: int = 0,
+    max_seconds: float = math.inf,
+    progress: bool = False,
 ) -> TraceResult:
     """Estimate tr A from ``num_matvecs`` products, or as many as ``rtol`` needs.
 
     Exact, by n products, if so many are granted. With ``rtol``, products are doubled until twice
     the standard error is at most ``rtol |estimate|``; ``num_matvecs`` (1,000) is then the most.
-    Products already taken are used again.
+    Products already taken are used again. Ctrl-C returns the estimate from the products taken so
+    far, if there is one: after the first block of 16 (XTrace 32, Hutch++ and NA-Hutch++ 32).
 
     Args:
         op: any operator; of a Hermitian one, the real part is used, which has the same trace.
         num_matvecs: products to spend, 60 unless given; an odd one XTrace leaves unspent.
         rtol: relative accuracy.
         method: ``"xtrace"`` is the most accurate, unless the spectrum is flat; ``"hutch++"`` keeps
-            a fifth as many vectors and ``"hutchinson"`` none. ``"auto"`` takes the first of these
-            that fits the memory (Hutchinson below 16 products). ``"xnystrace"`` is for A ≥ 0, and
-            the best one there. ``"na-hutch++"`` takes all products at once.
+            a fifth as many vectors and ``"hutchinson"`` none. ``"xnystrace"`` is for A ≥ 0, and
+            the best one there. ``"auto"`` takes XNysTrace if ``op.positive_semidefinite``, else
+            the first of the others that fits half of the free memory (Hutchinson below 16
+            products). ``"na-hutch++"`` takes all products at once.
         distribution: of the probes; ``"sphere"`` for XTrace and XNysTrace, which it makes more
             accurate, and ``"rademacher"`` otherwise.
         seed: of the probes, each of which depends on the seed and its own number.
+        max_seconds: return what there is after this time, once there is an estimate.
+        progress: show a bar that counts products, on a terminal.
 
     Raises:
         OptionError: an unknown option, or fewer products than the method needs.
         MemoryEstimateError: the vectors to keep do not fit into the memory that is free.
         NonFiniteError: a product holds NaN or infinity.
         SymmetryError, DefinitenessError: A is not what ``"xtrace"`` or ``"xnystrace"`` needs.
+        NotConvergedError: time was over before n products, and there is no estimate.
 
     Example:
         >>> from torchlinop import LambdaOperator
         >>> trace(LambdaOperator(3, lambda v: 2.0 * v)).estimate
         6.0
     """
-    start = time.perf_counter()
     _refuse_options(num_matvecs, rtol, method, distribution)
     refuse_seed(seed)
-    A = real_part(op)
+    A = UnitScale(real_part(op))
     budget = num_matvecs or (_USUAL if rtol is None else _MOST)
-    name = _affordable(A.space, budget) if method == "auto" else method
-    kind = _ESTIMATORS[name]
-    budget = _within_memory(A.space, name, budget, rtol is not None)
-    if budget < min(kind.fewest, A.size):
-        raise OptionError(
-            f'expected num_matvecs to be at least {kind.fewest} for method="{name}", got {budget}; '
-            'raise it, or use method="hutchinson"'
-        )
-    estimator = kind(A, distribution or kind.usual, seed)
-    spent, exact, converged = 0, False, False
-    for target in [budget] if rtol is None else _doublings(budget):
-        exact = target >= A.size and spent + A.size <= budget
-        most = min(target, A.size - 1)
-        found, spent = _exact(A, spent) if exact else _estimated(estimator, most, A.dtype)
-        converged = exact or rtol is None or 2 * found.stderr <= rtol * abs(found.value)
-        if converged:
-            break
-    warnings = () if converged else (_missed(rtol or 0.0, found, spent),)
-    for warning in warnings:
-        warn_caller(warning, NotConvergedWarning)
-    return TraceResult(
-        estimate=found.value,
-        stderr=found.stderr,
-        samples=found.samples,
-        method="exact" if exact else name,
-        distribution="unit vectors" if exact else distribution or kind.usual,
-        matvecs=spent,
+    name = suitable(A, budget) if method == "auto" else method
+    budget = affordable(A, name, budget, fewer=rtol is not None)
+    kind = ESTIMATORS[name]
+    with run_of_products(A, total=budget, max_seconds=max_seconds, progress=progress) as products:
+        estimator = kind(products, distribution or kind.usual, seed)
+        found = _found(products, estimator, budget, rtol)
+    found = found.times(A.scale)
+    warnings = (*notes(found.stopped, products, budget), *_missed(found, products, rtol))
+    result = TraceResult(
+        estimate=found.estimate.value,
+        stderr=found.estimate.stderr,
+        samples=found.estimate.samples,
+        method="exact" if found.exact else name,
+        distribution="unit vectors" if found.exact else distribution or kind.usual,
+        matvecs=products.matvecs,
         operator_size=op.size,
-        converged=converged,
+        converged=not warnings,
         rtol=rtol,
         seed=seed,
         dtype=op.dtype,
-        seconds=time.perf_counter() - start,
+        seconds=products.seconds,
         warnings=warnings,
     )
+    return announced(result)
+
+
+class TraceOptions(TypedDict, total=False):
+    """Keywords of ``trace``, which explains them."""
+
+    rtol: float | None
+    distribution: Distribution | None
+    seed: int
+    max_seconds: float
+    progress: bool
 
 
 def hutchinson(
-    op: CurvatureOperator,
-    num_matvecs: int = 60,
-    *,
-    distribution: Distribution = "rademacher",
-    seed: int = 0,
+    op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
-    """Estimate tr A by the mean of ωᵀAω; see ``trace``."""
-    return trace(op, num_matvecs, method="hutchinson", distribution=distribution, seed=seed)
+    """``trace`` by the mean of ωᵀAω."""
+    return trace(op, num_matvecs, method="hutchinson", **options)
 
 
 def hutch_plus_plus(
-    op: CurvatureOperator,
-    num_matvecs: int = 60,
-    *,
-    distribution: Distribution = "rademacher",
-    seed: int = 0,
+    op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
-    """Estimate tr A exactly on a sketched subspace, and by probes outside of it; see ``trace``."""
-    return trace(op, num_matvecs, method="hutch++", distribution=distribution, seed=seed)
+    """``trace`` exactly on a sketched subspace, and by probes outside of it."""
+    return trace(op, num_matvecs, method="hutch++", **options)
 
 
 def xtrace(
-    op: CurvatureOperator,
-    num_matvecs: int = 60,
-    *,
-    distribution: Distribution = "sphere",
-    seed: int = 0,
+    op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
-    """Estimate tr A by Hutch++ in which every probe is used for all purposes; see ``trace``."""
-    return trace(op, num_matvecs, method="xtrace", distribution=distribution, seed=seed)
+    """``trace`` by Hutch++ in which every probe is used for all purposes."""
+    return trace(op, num_matvecs, method="xtrace", **options)
 
 
 def xnystrace(
-    op: CurvatureOperator,
-    num_matvecs: int = 60,
-    *,
-    distribution: Distribution = "sphere",
-    seed: int = 0,
+    op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
-    """Estimate the trace of A ≥ 0 by Nyström approximations; see ``trace``."""
-    return trace(op, num_matvecs, method="xnystrace", distribution=distribution, seed=seed)
+    """``trace`` of A ≥ 0 by Nyström approximations."""
+    return trace(op, num_matvecs, method="xnystrace", **options)
 
 
-def _exact(op: CurvatureOperator, spent: int) -> tuple[Estimate, int]:
-    diagonal = torch.cat([forms(op, E) for E in unit_vectors(op.space)])
-    (total,) = on_host(op, diagonal.sum()[None])
-    return Estimate(total, 0.0), spent + op.size
+@dataclass(frozen=True)
+class _Found:
+    estimate: Estimate
+    exact: bool = False
+    stopped: str = ""  # why, before all products were spent
+
+    def times(self, scale: float) -> _Found:
+        scaled = Estimate(self.estimate.samples * scale, self.estimate.stderr * scale)
+        return replace(self, estimate=scaled)
+
+    def accurate(self, rtol: float) -> bool:
+        return 2 * self.estimate.stderr <= rtol * abs(self.estimate.value)
 
 
-def _estimated(estimator: Estimator, num_matvecs: int, dtype: torch.dtype) -> tuple[Estimate, int]:
-    estimator.spend(num_matvecs)
+def _found(products: Products, estimator: Estimator, budget: int, rtol: float | None) -> _Found:
+    """The estimate by ``budget`` products, or by the first doubling that is accurate."""
+    n, stopped, found = products.operator.size, "", None
+    for target in _rounds(budget, n, rtol):
+        if target >= n and products.matvecs + n <= budget:
+            return _exact(products, found)
+        granted = min(target, n - 1)
+        stopped = taken(products, estimator.spend(granted), lambda: estimator.matvecs)
+        if rtol is not None:
+            found = _estimated(products, estimator, stopped)
+        if stopped or (found and rtol and found.accurate(rtol)):
+            break
+    return found or _estimated(products, estimator, stopped)
+
+
+def _exact(products: Products, found: _Found | None) -> _Found:
+    """By n products; what was ``found`` before, if there is no time for them."""
+    try:
+        diagonal = torch.cat([forms(products, E) for E in unit_vectors(products)])
+    except (KeyboardInterrupt, NotConvergedError) as error:
+        if found is None:
+            raise
+        time_is_over = isinstance(error, NotConvergedError)
+        return replace(found, stopped="out of time" if time_is_over else "interrupted")
+    (total,) = on_host(products, diagonal.sum()[None])
+    return _Found(Estimate(total, 0.0), exact=True)
+
+
+def _estimated(products: Products, estimator: Estimator, stopped: str) -> _Found:
     found = estimator.estimate()
-    rounding = torch.finfo(dtype).eps * abs(found.value)  # what no probe can see
-    return replace(found, stderr=max(found.stderr, rounding)), estimator.matvecs
+    dtype = products.operator.dtype
+    # What rounding does to all products alike, no probe can see.
+    rounding = max(torch.finfo(dtype).eps, _ROUNDINGS * roundoff(dtype)) * abs(found.value)
+    return _Found(replace(found, stderr=max(found.stderr, rounding)), stopped=stopped)
 
 
-def _doublings(budget: int) -> Iterator[int]:
+def _rounds(budget: int, n: int, rtol: float | None) -> Iterator[int]:
+    """Products to have spent at the next look: doubled, so that there is an estimate early."""
     target = min(_FIRST, budget)
-    while target < budget:
+    while target < budget and (rtol is not None or budget < n):
         yield target
         target *= 2
     yield budget
 
 
-def _affordable(space: VectorSpace, num_matvecs: int) -> str:
-    """The most accurate method whose vectors fit half of the free memory."""
-    if num_matvecs < _ENOUGH_FOR_A_SKETCH:
-        return "hutchinson"
-    room = free_bytes(space.device) // 2
-    a_vector = space.size * max(4, space.dtype.itemsize)
-    order = ("xtrace", "hutch++", "hutchinson")
-    return next(m for m in order if _ESTIMATORS[m].vectors * num_matvecs * a_vector <= room)
-
-
-def _within_memory(space: VectorSpace, name: str, num_matvecs: int, fewer: bool) -> int:
-    """How many products to take: those asked for, or fewer where that is allowed.
-
-    Raises:
-        MemoryEstimateError: their vectors do not fit into the memory that is free.
-    """
-    vectors, fewest = _ESTIMATORS[name].vectors, _ESTIMATORS[name].fewest
-    free, a_vector = free_bytes(space.device), space.size * max(4, space.dtype.itemsize)
-    fitting = int(free / (vectors * a_vector)) if vectors else num_matvecs
-    if num_matvecs <= fitting or num_matvecs >= space.size:  # the latter keep none: exact
-        return num_matvecs
-    if fewer and fitting >= fewest:
-        return fitting
-    needed = math.ceil(vectors * num_matvecs)
-    raise MemoryEstimateError(
-        f'method="{name}" with {num_matvecs} products needs {needed} vectors x {space.size:,} x '
-        f"{a_vector // space.size} B = {needed * a_vector / 1e9:.1f} GB on {space.device} "
-        f'({free / 1e9:.1f} GB free). Try num_matvecs={fitting}, or method="hutchinson"'
-    )
-
-
-def _missed(rtol: float, found: Estimate, spent: int) -> str:
-    reached = 2 * found.stderr / abs(found.value) if found.value else math.inf
+def _missed(found: _Found, products: Products, rtol: float | None) -> tuple[str, ...]:
+    if rtol is None or found.accurate(rtol):
+        return ()
+    value = found.estimate.value
+    reached = 2 * found.estimate.stderr / abs(value) if value else math.inf
     return (
-        f"after {spent} products, twice the standard error is {reached:.1g} of the estimate "
-        f"{found.value:.4g}; rtol={rtol:g} was asked for. Raise num_matvecs or rtol"
+        f"after {products.matvecs} products, twice the standard error is {reached:.1g} of the "
+        f"estimate {value:.4g}; rtol={rtol:g} was asked for. Raise num_matvecs or rtol",
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.hutchinson import student_interval
-from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.result import Result, optional
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,6 +20,12 @@ class TraceResult(Result):
     The standard error is that of the method: of independent samples for ``"hutchinson"``, of the
     residual samples for ``"hutch++"`` and ``"na-hutch++"``, the jackknife for ``"xtrace"`` and
     ``"xnystrace"``. It is 0 for ``"exact"``, and infinite where one sample was all.
+
+    Each of the ``samples`` is an unbiased estimate of tr A by itself: ωᵀAω for ``"hutchinson"``;
+    what the sketch has captured plus one residual sample for ``"hutch++"`` and ``"na-hutch++"``;
+    the estimate in which probe i samples what all others have left for ``"xtrace"`` and
+    ``"xnystrace"``, whose samples are therefore not independent; the trace for ``"exact"``.
+    A run that ended early is an estimate from the products taken, and says so in ``warnings``.
     """
 
     estimate: float
@@ -29,7 +35,7 @@ class TraceResult(Result):
     distribution: str
     matvecs: int
     operator_size: int
-    converged: bool  # twice the standard error is within rtol, if one was asked for
+    converged: bool  # all products granted were spent; with rtol, it was reached
     rtol: float | None
     seed: int
     dtype: torch.dtype
@@ -50,6 +56,25 @@ class TraceResult(Result):
             OptionError: the level is not between 0 and 1.
         """
         return student_interval(self.estimate, self.stderr, len(self.samples), level)
+
+    def plot(self, ax: Any = None) -> Any:
+        """The running mean of the samples in a matplotlib Axes, which is returned.
+
+        The band is two standard errors, that of the result times √(k / j) after j of k samples.
+
+        Raises:
+            OptionError: matplotlib is not installed.
+        """
+        ax = optional("matplotlib.pyplot").subplots()[1] if ax is None else ax
+        k = len(self.samples)
+        j = torch.arange(1, k + 1, dtype=torch.float64)
+        means = self.samples.cumsum(0) / j
+        (line,) = ax.plot(j, means, marker="." if k == 1 else None)
+        if math.isfinite(self.stderr):
+            band = 2 * self.stderr * (k / j).sqrt()
+            ax.fill_between(j, means - band, means + band, color=line.get_color(), alpha=0.3)
+        ax.set(xlabel="samples", ylabel="trace", title=self.method)
+        return ax
 
     def __repr__(self) -> str:
         facts = [*self._number(), f"{self.matvecs:,} matvecs", f"seed {self.seed}"]

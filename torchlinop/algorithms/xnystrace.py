@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,9 +14,9 @@ from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.hutchinson import Estimate
 from torchlinop.algorithms.leave_one_out import Rescaling, drop, jackknifed, rescaling
 from torchlinop.algorithms.probes import on_host
+from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.sketched_range import TINY, SketchedRange, refuse_asymmetric
 from torchlinop.errors import DefinitenessError
-from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
 
 _NOISE = 1000  # roundings in a product, as of a network in float32,
@@ -34,16 +35,19 @@ class XNysTrace:
     vectors: ClassVar[float] = 2.0
     usual: ClassVar[Distribution] = "sphere"
 
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
-        self._op = op
-        self._sketch = SketchedRange(op, distribution, seed)
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        self._products = products
+        self._op = products.operator
+        self._sketch = SketchedRange(products, distribution, seed)
         self._rescaling = rescaling(distribution)
-        self.matvecs = 0
 
-    def spend(self, num_matvecs: int) -> None:
+    @property
+    def matvecs(self) -> int:
+        return self._sketch.size
+
+    def spend(self, num_matvecs: int) -> Iterator[None]:
         """Go on until ``num_matvecs`` products are spent in all."""
-        self._sketch.grow(num_matvecs)
-        self.matvecs = num_matvecs
+        yield from self._sketch.grow(num_matvecs)
 
     def estimate(self) -> Estimate:
         """The mean over the probes, and its jackknife standard error.
@@ -53,7 +57,7 @@ class XNysTrace:
         """
         space, Omega, Q = self._op.space, self._sketch.Omega, self._sketch.Q
         W, G, R = on_host(
-            self._op, inner(space, Q, Omega), inner(space, Omega, Omega), self._sketch.R
+            self._products, inner(space, Q, Omega), inner(space, Omega, Omega), self._sketch.R
         )
         n, k = space.size, len(R)
         H = W.T @ R  # ΩᵀAΩ
@@ -70,11 +74,11 @@ class XNysTrace:
         """ν, the rounding of the products; at least what makes all Ritz values positive."""
         eps = torch.finfo(self._op.dtype).eps
         scale = R.norm() / self._op.size**0.5  # ‖AΩ‖_F / √n
-        lowest = ritz_values[0]
+        lowest, largest = ritz_values[0], ritz_values.abs().max()
         if lowest < -min(_NOISE * eps, _LARGEST_NOISE) * scale:
             raise DefinitenessError(
-                f"a vector x with xᵀAx = {float(lowest):.2g} xᵀx was met in {self._op!r}: expected "
-                'no negative eigenvalue. Use method="xtrace"'
+                f"a vector x with xᵀAx < 0, {float(lowest / largest):.1e} of the largest, was met "
+                f'in {self._op!r}: expected no negative eigenvalue. Use method="xtrace"'
             )
         return torch.maximum(eps * scale, -2 * lowest).clamp_min(TINY)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import inner
@@ -18,14 +18,13 @@ from torchlinop.algorithms.leave_one_out import (
     without_direction,
 )
 from torchlinop.algorithms.probes import on_host
-from torchlinop.algorithms.products import multiply
+from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.sketched_range import (
-    SketchedRange,
+    RangeAndImage,
     columns_dot,
     normals,
     refuse_asymmetric,
 )
-from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
 
 
@@ -41,33 +40,31 @@ class XTrace:
     vectors: ClassVar[float] = 3 / 2
     usual: ClassVar[Distribution] = "sphere"
 
-    def __init__(self, op: CurvatureOperator, distribution: Distribution, seed: int) -> None:
-        self._op = op
-        self._sketch = SketchedRange(op, distribution, seed)
-        self._Z = self._sketch.Q
+    def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
+        self._products = products
+        self._sketch = RangeAndImage(products, distribution, seed)
         self._rescaling = rescaling(distribution)
-        self.matvecs = 0
 
-    def spend(self, num_matvecs: int) -> None:
+    @property
+    def matvecs(self) -> int:
+        return 2 * self._sketch.size
+
+    def spend(self, num_matvecs: int) -> Iterator[None]:
         """Go on until ``num_matvecs`` products are spent in all, or one less."""
-        old, k = self._Z.shape[1], num_matvecs // 2
-        if k > old:
-            self._sketch.grow(k)
-            Z = multiply(self._op, self._sketch.Q[:, old:])
-            self._Z = torch.cat([self._Z.mT, Z.mT]).mT
-        self.matvecs = 2 * k
+        yield from self._sketch.grow(num_matvecs // 2)
 
     def estimate(self) -> Estimate:
-        space, Q, Z, Omega = self._op.space, self._sketch.Q, self._Z, self._sketch.Omega
+        op, sketch = self._products.operator, self._sketch
+        space, Q, Z, Omega = op.space, sketch.Q, sketch.Z, sketch.Omega
         H, W, T, R, squares = on_host(
-            self._op,
+            self._products,
             inner(space, Q, Z),
             inner(space, Q, Omega),
             inner(space, Z, Omega),
-            self._sketch.R,
+            sketch.R,
             space.norm(Omega).double() ** 2,
         )
-        refuse_asymmetric(self._op, R, T)  # Qᵀ(AΩ) and (AQ)ᵀΩ
+        refuse_asymmetric(op, R, T)  # Qᵀ(AΩ) and (AQ)ᵀΩ
         H, S = (H + H.T) / 2, normals(R)
         dimension = space.size - len(H)
         return jackknifed(_InRange(H, S, W, T, squares, dimension, self._rescaling))
