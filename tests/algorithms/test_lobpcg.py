@@ -41,7 +41,10 @@ def test_ten_largest_pairs_are_found_within_the_budget(name, reference, dtype):
     assert_honest(result, A, eigenvalues[:10])
 
 
-STRESS = ["zero", "identity", "rank 1", "rank 5", "1 and 50", "4-fold", "mirrored", "nn"]
+STRESS = [
+    "zero", "identity", "rank 1", "rank 5", "1 and 50", "4-fold", "mirrored", "nn",
+    "condition 1e16",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [1, 1e-12, 1e12])
@@ -177,20 +180,31 @@ def test_time_is_limited():
     assert result.status == "maxseconds"
 
 
-def test_ctrl_c_returns_what_there_is():
-    A = matrix(spectrum("slow", 200))
+def interrupted_at(A, call):
     calls = iter(range(100))
 
     def product(V):
-        if next(calls) == 4:
+        if next(calls) == call:
             raise KeyboardInterrupt
         return A @ V
 
-    op = LambdaOperator(200, lambda v: product(v[:, None])[:, 0], matmat=product, dtype=F64)
-    with pytest.warns(NotConvergedWarning):
-        result = lobpcg(op, 5)
+    return LambdaOperator(200, lambda v: product(v[:, None])[:, 0], matmat=product, dtype=F64)
+
+
+def test_ctrl_c_returns_what_there_is():
+    A = matrix(spectrum("slow", 200))
+    with pytest.warns(NotConvergedWarning, match="To go on, restart from v0=result"):
+        result = lobpcg(interrupted_at(A, 4), 5)
     assert result.status == "interrupted"
     assert_honest(result, A, result.eigenvalues)
+
+
+def test_ctrl_c_where_convergence_is_judged_returns_what_was_claimed():
+    A = matrix(spectrum("nn", 200))
+    last = lobpcg(MatrixOperator(A), 3).matmats - 1
+    result = lobpcg(interrupted_at(A, last), 3)
+    assert (result.status, result.residual_kind) == ("interrupted", "recurrence")
+    assert_honest(result, A, spectrum("nn", 200)[:3])
 
 
 OPERATOR = MatrixOperator(matrix(spectrum("nn", 50)))
@@ -226,6 +240,12 @@ def test_products_that_are_not_finite_are_named():
     op = LambdaOperator(50, lambda v: v * torch.nan, dtype=F64)
     with pytest.raises(NonFiniteError, match="hold NaN or infinity, by product 5"):
         lobpcg(op, 3)
+
+
+def test_a_preconditioner_that_is_not_finite_is_named():
+    M = LambdaOperator(50, lambda v: v * torch.nan, dtype=F64)
+    with pytest.raises(NonFiniteError, match="or those of the preconditioner, <LambdaOperator"):
+        lobpcg(OPERATOR, 3, preconditioner=M)
 
 
 def test_a_matrix_that_is_not_symmetric_is_named():

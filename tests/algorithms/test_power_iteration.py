@@ -145,10 +145,33 @@ def test_ctrl_c_returns_the_pairs_found():
             raise KeyboardInterrupt
         return A @ v
 
-    with pytest.warns(TorchlinopWarning, match="interrupted: 1 of 3 pairs were found"):
+    with pytest.warns(NotConvergedWarning, match="1 of 3 pairs reached .* To go on, restart from"):
         result = deflated_power_iteration(LambdaOperator(100, product, dtype=F64), 3)
     assert result.status == "interrupted"
     assert float(result.eigenvalues) == pytest.approx(10, rel=1e-10)
+
+
+def test_ctrl_c_in_the_first_pair_returns_what_it_has_come_to():
+    A = matrix(spectrum("slow", 100))
+    calls = iter(range(1000))
+
+    def product(v):
+        if next(calls) == 20:
+            raise KeyboardInterrupt
+        return A @ v
+
+    with pytest.warns(NotConvergedWarning, match="0 of 3 pairs reached"):
+        result = deflated_power_iteration(LambdaOperator(100, product, dtype=F64), 3)
+    assert (result.status, len(result), result.matvecs) == ("interrupted", 1, 21)
+    assert_honest(result, A, result.eigenvalues)
+
+
+def test_time_is_limited_and_the_pair_under_way_is_returned():
+    A = matrix(spectrum("slow", 100))
+    with pytest.warns(NotConvergedWarning, match="Raise max_seconds"):
+        result = deflated_power_iteration(MatrixOperator(A), 3, max_seconds=1e-9)
+    assert (result.status, len(result), result.matvecs) == ("maxseconds", 1, 1)
+    assert_honest(result, A, result.eigenvalues)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,38 @@ def test_a_result_is_read_back(tmp_path):
     assert (value, len(vector)) == (result.eigenvalue, 100)
 
 
+def test_time_is_limited_and_two_products_judge_what_there_is():
+    result = stochastic_power_iteration([MatrixOperator(A)], 100, max_seconds=1e-9)
+    assert (result.status, result.steps, result.judged) == ("maxseconds", 3, 2)
+    v = result.eigenvector
+    assert result.eigenvalue == pytest.approx(float(v @ A @ v), rel=1e-12)
+    assert "3 matvecs (maxseconds)" in repr(result)
+
+
+@pytest.mark.parametrize(("product", "steps", "averaged"), [(10, 11, 1), (60, 61, 9), (80, 79, 25)])
+def test_ctrl_c_returns_what_there_is_judged_by_two_products_at_least(product, steps, averaged):
+    calls = iter(range(1, 1000))
+
+    def interrupted(v):
+        if next(calls) == product:
+            raise KeyboardInterrupt
+        return A @ v
+
+    result = stochastic_power_iteration([LambdaOperator(100, interrupted, dtype=F64)], 100)
+    assert (result.status, result.steps, result.averaged) == ("interrupted", steps, averaged)
+    v = result.eigenvector
+    assert result.eigenvalue == pytest.approx(float(v @ A @ v), rel=1e-12)
+    assert len(result.history) == result.steps - result.judged
+
+
+def test_ctrl_c_in_the_first_product_is_passed_on():
+    def interrupted(v):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stochastic_power_iteration([LambdaOperator(100, interrupted, dtype=F64)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

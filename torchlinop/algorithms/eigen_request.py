@@ -18,6 +18,36 @@ AUTO = 4  # columns that block_size="auto" times against one
 AUTO_PRODUCTS = AUTO + 2  # which that takes
 
 
+def target_of(
+    op: CurvatureOperator,
+    k: int,
+    which: Which,
+    tol: float | None,
+    stored: torch.dtype | None = None,
+) -> Target:
+    """The pairs asked for, or what is wrong with asking.
+
+    ``tol`` is 1e-6 in float64, 1e-4 in float32, a roundoff of anything coarser that is involved,
+    such as vectors that are ``stored`` so, unless given.
+
+    Raises:
+        OptionError: no such k, which or tol.
+    """
+    if not 1 <= k <= op.size:
+        raise OptionError(
+            f"expected k from 1 to n = {op.size:,}, got {k}; for all eigenvalues of a small matrix "
+            "take torch.linalg.eigh(op.to_dense())"
+        )
+    if which not in get_args(Which):
+        choices = ", ".join(get_args(Which))
+        raise OptionError(f"unknown which {which!r}; choose one of {choices}")
+    if tol is not None and not 0 <= tol < 1:
+        raise OptionError(f"expected tol from 0 to 1, relative to |λ|, got {tol}; leave it out")
+    eps = torch.finfo(op.dtype).eps
+    usual = max(1e-6 if eps < 1e-12 else 1e-4, eps, torch.finfo(stored or op.dtype).eps)
+    return Target(k, which, usual if tol is None else tol, roundoff(op.dtype), breakdown(op.dtype))
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much of everything."""
@@ -43,7 +73,6 @@ class Request:
     mode: str
     ncv: int | None
     block_size: int | str | None
-    max_seconds: float
     verify: bool
     basis_dtype: torch.dtype | None
     basis_device: torch.device | str | None
@@ -66,18 +95,7 @@ class Request:
     def refuse(self) -> None:
         """Raise OptionError if an option is not among its choices."""
         n, k = self.op.size, self.k
-        if not 1 <= k <= n:
-            raise OptionError(
-                f"expected k from 1 to n = {n:,}, got {k}; for all eigenvalues of a small matrix "
-                "take torch.linalg.eigh(op.to_dense())"
-            )
-        if self.which not in get_args(Which):
-            choices = ", ".join(get_args(Which))
-            raise OptionError(f"unknown which {self.which!r}; choose one of {choices}")
-        if self.tol is not None and not 0 <= self.tol < 1:
-            raise OptionError(
-                f"expected tol from 0 to 1, relative to |λ|, got {self.tol}; leave it out"
-            )
+        target_of(self.op, k, self.which, self.tol)
         if self.max_iter is not None and self.max_iter < self._least_products:
             raise OptionError(
                 "expected max_iter, the budget of products, to be at least "
@@ -86,10 +104,6 @@ class Request:
         if self.ncv is not None and not min(k + 1, n) <= self.ncv <= n:
             raise OptionError(
                 f"expected ncv from k + 1 = {k + 1} to n = {n:,}, got {self.ncv}; leave it out"
-            )
-        if not self.max_seconds > 0:
-            raise OptionError(
-                f"expected max_seconds to be positive, got {self.max_seconds}; leave it out"
             )
         self._refuse_blocks()
 
@@ -119,18 +133,9 @@ class Request:
                 'block_size, basis_dtype and basis_device, or take reorthogonalize="full"'
             )
 
-    def tolerance(self) -> float:
-        """1e-6 in float64, 1e-4 in float32, a roundoff of anything coarser that is involved."""
-        if self.tol is not None:
-            return self.tol
-        eps = torch.finfo(self.op.dtype).eps
-        stored = torch.finfo(self.basis_dtype).eps if self.basis_dtype else eps
-        return max(1e-6 if eps < 1e-12 else 1e-4, eps, stored)
-
     def target(self) -> Target:
         """The pairs asked for."""
-        dtype = self.op.dtype
-        return Target(self.k, self.which, self.tolerance(), roundoff(dtype), breakdown(dtype))
+        return target_of(self.op, self.k, self.which, self.tol, self.basis_dtype)
 
     def plan(self, block_size: int) -> Plan:
         """The usual sizes, or the least where memory is short and ``ncv`` was not given.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,22 +12,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from torchlinop.algorithms.basis import Basis
+from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target, Which
 from torchlinop.algorithms.orthogonal import IN_SPAN, orthonormalize, real_dtype
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, RayleighRitz, residual_block
-from torchlinop.algorithms.ritz_result import (
-    Found,
-    History,
-    complain,
-    eigen_result,
-    named,
-    ritz_of,
-    target_of,
-)
+from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
 from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import OptionError, VectorError
+from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
 End = Literal["LA", "SA"]
@@ -96,7 +88,6 @@ def lobpcg(
         >>> eigenvalues.round(decimals=6)
         tensor([1., 2.], dtype=torch.float64)
     """
-    started = time.perf_counter()
     target = target_of(op, k, _checked(which), tol)
     guard = max(2, k // 2) if guard is None else guard
     b = min(op.size, k + guard)
@@ -107,9 +98,7 @@ def lobpcg(
         blocks = Blocks(products, preconditioner, X, seed)
         limits = Limits(budget - k * verify)
         found = Iteration(blocks, target, limits, verify).run()
-    result = eigen_result(products, found, target, seed=seed, started=started)
-    complain(result, strict=strict)
-    return result
+    return finished(products, found, target, seed=seed, strict=strict)
 
 
 class Blocks:
@@ -135,12 +124,20 @@ class Blocks:
 
     def rayleigh_ritz(self, which: Which) -> Ritz:
         """X ← the best b Ritz vectors; P ← the part of them that is not in the X before."""
-        small = self.projector(*self._leading(self.size), which)
+        small = self._projected(which)
         Z = torch.cat([small.Y[:, : self.b], _conjugate(small, self.b)], 1)
         self.S.rotate(Z)
         self.AS.rotate(Z)
         self.size = Z.shape[1]
-        return ritz_of(small, self._residuals(small.values[: self.b]), self.projector)
+        return self.projector.ritz(small, self._residuals(small.values[: self.b]))
+
+    def _projected(self, which: Which) -> RayleighRitz:
+        try:
+            return self.projector(*self._leading(self.size), which)
+        except NonFiniteError as error:
+            if self.M is None:
+                raise
+            raise NonFiniteError(f"{error}; or those of the preconditioner, {self.M!r}") from None
 
     def refresh(self, ritz: Ritz, k: int) -> Ritz:
         """Take the products of the first k Ritz vectors instead of combining those of S."""
@@ -205,7 +202,10 @@ class Iteration:
         if not self.verify:
             return ritz, "converged"
         self.refreshed += 1
-        ritz = self.blocks.refresh(ritz, self.target.k)
+        try:
+            ritz = self.blocks.refresh(ritz, self.target.k)
+        except KeyboardInterrupt:
+            return ritz, "interrupted"
         before, self.claimed = self.claimed, self._worst(ritz)
         if self.target.exhausted(ritz):
             return ritz, "converged"
@@ -241,15 +241,16 @@ class Iteration:
 
     def _found(self, ritz: Ritz, status: Status) -> Found:
         b = self.blocks.b
+        X = self.blocks.S.columns(0, self.target.k).mT.clone().mT
         return Found(
             ritz,
-            self.blocks.S.columns(0, self.target.k).mT.clone().mT,
+            X,
             named(status, self.target, ritz),
             "true" if status == "converged" and self.verify else "recurrence",
             self.history,
             f"LOBPCG, blocks of {b}",
             basis_size=3 * b,
-            peak_vectors=9 * b,
+            peak_bytes=bytes_of(X, 9 * b),
             restarts=max(0, self.refreshed - 1),
         )
 

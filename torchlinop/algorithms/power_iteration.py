@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis
+from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Status, Target
-from torchlinop.algorithms.linear_system import LateLook
+from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.orthogonal import (
     IN_SPAN,
     complete,
@@ -23,16 +22,9 @@ from torchlinop.algorithms.orthogonal import (
 )
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
-from torchlinop.algorithms.ritz_result import (
-    Found,
-    History,
-    complain,
-    eigen_result,
-    ritz_of,
-    target_of,
-)
+from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished
 from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import OptionError
+from torchlinop.errors import OptionError, TorchlinopWarning
 from torchlinop.operators.base import CurvatureOperator
 
 _INSIDE = 1e-3  # a start with no more outside of the pairs found gives way to a random one
@@ -47,6 +39,8 @@ def power_iteration_one(
     tol: float | None = None,
     v0: Tensor | EigenResult | None = None,
     seed: int = 0,
+    max_seconds: float = math.inf,
+    progress: bool = False,
     strict: bool = False,
 ) -> EigenResult:
     """The eigenpair of largest magnitude, as `deflated_power_iteration` finds the first.
@@ -58,8 +52,9 @@ def power_iteration_one(
         -3.0
     """
     return deflated_power_iteration(
-        op, 1, max_iter, momentum=momentum, tol=tol, v0=v0, seed=seed, strict=strict
-    )
+        op, 1, max_iter, momentum=momentum, tol=tol, v0=v0, seed=seed, max_seconds=max_seconds,
+        progress=progress, strict=strict,
+    )  # fmt: skip
 
 
 def deflated_power_iteration(
@@ -71,6 +66,7 @@ def deflated_power_iteration(
     tol: float | None = None,
     v0: Tensor | EigenResult | None = None,
     seed: int = 0,
+    max_seconds: float = math.inf,
     progress: bool = False,
     strict: bool = False,
 ) -> EigenResult:
@@ -82,7 +78,8 @@ def deflated_power_iteration(
     Momentum β iterates ``v₊ ∝ A v − β v₋`` (De Sa et al., Accelerated stochastic power iteration,
     2018); best is λ₂²/4, of which the number of products becomes the square root, and with
     β > λ₁²/4 it does not converge. Eigenvalues are those of A, and so are the residuals, also
-    where pairs were deflated.
+    where pairs were deflated. Ctrl-C returns the pairs found, or, during the first, what it has
+    come to, by one more product.
 
     Every 32 products one goes to the residual of v: if their plane is invariant though v is not,
     as where λ and −λ are both eigenvalues and v cannot settle, the pair is taken from the plane,
@@ -96,6 +93,7 @@ def deflated_power_iteration(
         tol: relative residual; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
         v0: starts, a column a pair, or an earlier result; random ones where they are too few.
         seed: of the random part of the start.
+        max_seconds: return what there is after this time, the pair under way too.
         progress: show a bar that counts products, on a terminal.
         strict: raise NotConvergedError, which carries the result, in place of a warning.
 
@@ -103,7 +101,6 @@ def deflated_power_iteration(
         OptionError, VectorError: options or v0 do not fit.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
     """
-    started = time.perf_counter()
     target = target_of(op, k, "LM", tol)
     if max_iter < 1:
         raise OptionError(f"expected max_iter to be at least 1, got {max_iter}; take 1000, say")
@@ -113,13 +110,10 @@ def deflated_power_iteration(
             "largest |λ|, or leave it out"
         )
     starts = starting_block(op, v0, k, seed)
-    with run_of_products(op, progress=progress) as products:
+    with run_of_products(op, max_seconds=max_seconds, progress=progress) as products:
         deflation = _Deflation(products, starts, target, momentum, max_iter, seed)
         found = deflation.run()
-    target = dataclasses.replace(target, k=found.X.shape[1])  # fewer if interrupted
-    result = eigen_result(products, found, target, seed=seed, started=started)
-    complain(result, strict=strict)
-    return result
+    return finished(products, found, target, seed=seed, strict=strict)
 
 
 @dataclass
@@ -133,7 +127,7 @@ class _Deflation:
     max_iter: int
     seed: int
     history: History = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    notes: list[TorchlinopWarning] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         space, k = self.products.operator.space, self.target.k
@@ -146,19 +140,27 @@ class _Deflation:
         residuals: list[float] = []
         for i in range(self.target.k):
             column = Column(self.products, self.X, i, self.target, self.momentum, norm)
+            stop: Status = "maxmatvecs"
             try:
                 column.iterate(self._start(i), self.max_iter, self.projector)
             except KeyboardInterrupt:
-                if not i:
+                if not self.products.matvecs:
                     raise
-                self.warnings.append(f"interrupted: {i} of {self.target.k} pairs were found")
-                return self._found(i, "interrupted")
+                if i:
+                    return self._found(i, "interrupted")
+                stop = "interrupted"
+                column.multiply()
             norm = column.norm
             self.X.put(i, column.v)
             self.AX.put(i, column.full_product())
             residuals.append(float(column.residual))
             self._note(column, residuals)
-        return self._found(self.target.k, "maxmatvecs")
+            if stop == "interrupted":
+                break
+            if self.products.late:
+                stop = "maxseconds"
+                break
+        return self._found(len(residuals), stop)
 
     def _start(self, i: int) -> Tensor:
         """A unit vector in the complement of X, of this start if it has a part there."""
@@ -176,10 +178,12 @@ class _Deflation:
         self.history.append((self.products.matvecs, small.values, row))
         if column.mirrored:
             upper, lower = column.mirrored
-            self.warnings.append(
-                f"{upper:.6g} and {lower:.6g} are both eigenvalues, of one magnitude up to "
-                "their residuals: power iteration does not settle on either, they were told "
-                'apart in the plane it ended in. For both ends take lanczos(op, which="BE")'
+            self.notes.append(
+                TorchlinopWarning(
+                    f"{upper:.6g} and {lower:.6g} are both eigenvalues, of one magnitude up to "
+                    "their residuals: power iteration does not settle on either, they were told "
+                    'apart in the plane it ended in. For both ends take lanczos(op, which="BE")'
+                )
             )
 
     def _found(self, k: int, status: Status) -> Found:
@@ -193,26 +197,24 @@ class _Deflation:
         self.X.rotate(small.Y)
         self.AX.rotate(small.Y)
         X, AX = self.X.columns(0, k), self.AX.columns(0, k)
-        ritz = ritz_of(
-            small,
-            residual_block(space, X, AX, small.values, self.projector.norm)[1],
-            self.projector,
-        )
+        _, residuals = residual_block(space, X, AX, small.values, self.projector.norm)
+        ritz = self.projector.ritz(small, residuals)
         if bool(self.target.reached(ritz).all()) and k == self.target.k:
             status = "converged"
         elif self.target.exhausted(ritz):
             status = "stagnated"
         beta = f", momentum {self.momentum:g}" if self.momentum else ""
+        X = X.mT.clone().mT
         return Found(
             ritz,
-            X.mT.clone().mT,
+            X,
             status,
             "true",
             self.history,
             f"power iteration{beta}",
             basis_size=self.target.k,
-            peak_vectors=3 * self.target.k + 4,
-            warnings=tuple(self.warnings),
+            peak_bytes=bytes_of(X, 3 * self.target.k + 4),
+            notes=tuple(self.notes),
         )
 
 
@@ -237,9 +239,9 @@ class Column:
         look = LateLook()
         allowed = self.products.matvecs + max_iter
         while True:
-            done = bool(look(self._multiply()[None])[0])
+            done = bool(look(self.multiply()[None])[0])
             left = allowed - self.products.matvecs
-            if done or not left:
+            if done or not left or self.products.late:
                 return
             if left > 1 and (max_iter - left) % _PLANE == 0 and self._settled(projector):
                 return
@@ -249,7 +251,7 @@ class Column:
         """A v, with what of it lies in X."""
         return self.w + self.X.combine(self.h)
 
-    def _multiply(self) -> Tensor:
+    def multiply(self) -> Tensor:
         """Take w = A v in the complement of X; say whether v is accurate, on the device."""
         self.w = self.products.columns(self.v)
         self.h = self.X.project(self.w, self.i)

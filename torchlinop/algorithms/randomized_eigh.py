@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
+from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
-from torchlinop.algorithms.products import Products
-from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
-from torchlinop.algorithms.ritz_result import Found, eigen_result, ritz_of, target_of
+from torchlinop.algorithms.products import run_of_products
+from torchlinop.algorithms.rayleigh_ritz import Projector
+from torchlinop.algorithms.ritz_result import Found, bytes_of, eigen_result
 from torchlinop.algorithms.starting_block import independent, starting_block
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -41,7 +40,6 @@ def randomized_eigh(
         OptionError: k, oversampling, power_iterations or tol do not fit.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
     """
-    started = time.perf_counter()
     target = target_of(op, k, "LM", tol)
     if oversampling < 0 or power_iterations < 0:
         raise OptionError(
@@ -49,29 +47,23 @@ def randomized_eigh(
             f"{oversampling} and {power_iterations}; leave them out for 10 and 1"
         )
     space, width = op.space, min(op.size, k + oversampling)
-    products = Products(op)
-    projector = Projector(products, seed)
+    blocks = power_iterations + 2
     Q = starting_block(op, None, width, seed)
-    for draw in range(1, power_iterations + 2):
-        AQ = products.columns(Q)
-        rounding = target.zero * space.norm(AQ).double().max()
-        Q = independent(space, AQ, rounding, width, seed=seed, draw=draw)
-    AQ = products.columns(Q)
-    small = projector(Q, AQ, "LM")
-    Y = small.Y[:, :k].to(device=Q.device, dtype=Q.dtype)
-    X, AX = Q @ Y, AQ @ Y
-    _, residuals = residual_block(space, X, AX, small.values[:k], projector.norm)
-    ritz = ritz_of(small, residuals, projector)
-    reached = bool(target.reached(ritz).all())
+    with run_of_products(op) as products:
+        for draw in range(1, blocks):
+            AQ = products.columns(Q)
+            rounding = target.zero * space.norm(AQ).double().max()
+            Q = independent(space, AQ, rounding, width, seed=seed, draw=draw)
+        ritz, X = Projector(products, seed).pairs(Q, products.columns(Q), "LM", k)
     found = Found(
         ritz,
         X,
-        "converged" if reached else "maxmatvecs",
+        "converged" if bool(target.reached(ritz).all()) else "maxmatvecs",
         "true",
-        [(products.matvecs, ritz.values[:k], residuals)],
+        [(products.matvecs, ritz.values, ritz.residuals)],
         f"randomized range, {power_iterations} power iterations",
         basis_size=width,
-        peak_vectors=4 * width,
-        advice="Raise power_iterations or oversampling, or take lanczos.",
+        peak_bytes=bytes_of(Q, 4 * width),
+        advice={"maxmatvecs": "Raise power_iterations or oversampling, or take lanczos."},
     )
-    return eigen_result(products, found, target, seed=seed, started=started)
+    return eigen_result(products, found, target, seed=seed)

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import inner
-from torchlinop.algorithms.krylov_schur import Which, order_of
+from torchlinop.algorithms.krylov_schur import Ritz, Which, order_of
 from torchlinop.algorithms.orthogonal import real_dtype
-from torchlinop.algorithms.products import Products, roundoff, working_dtype
-from torchlinop.errors import NonFiniteError
+from torchlinop.algorithms.products import Products, roundoff
+from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.space import VectorSpace
-
-_CHECK_PRODUCTS = 6  # of operator.check()
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,10 @@ class Projector:
     """Projects a matrix on spans, and looks whether it is finite and symmetric there."""
 
     def __init__(self, products: Products, seed: int) -> None:
-        operator = products.operator
-        self.products, self.seed = products, seed
-        self.eps = roundoff(operator.dtype)
-        working = torch.finfo(working_dtype(operator.dtype)).eps
-        # A projection this far from its transpose, relative to ‖A‖, is worth a closer look.
-        self.suspicious = max(1000 * working, 20 * self.eps)
-        self.symmetric = False  # as far as measured, whatever the noise
+        self.space = products.operator.space
+        self.products = products
+        self.watch = SymmetryWatch(products, seed)
+        self.eps = roundoff(products.operator.dtype)
         self.norm = 0.0  # the largest |θ| so far, an estimate of ‖A‖ from below
         self.floor = 0.0  # what rounding and noise make of a residual
 
@@ -55,9 +50,9 @@ class Projector:
         Raises:
             NonFiniteError, SymmetryError: the products are not those of a symmetric matrix.
         """
-        space = self.products.operator.space
-        H, G = torch.stack([inner(space, S, AS), inner(space, S, S)]).cpu()
-        self._refuse(H, G)
+        H, G = torch.stack([inner(self.space, S, AS), inner(self.space, S, S)]).cpu()
+        self.products.refuse_non_finite(G)
+        self.floor = max(self.floor, self.watch.defect(H, self.norm))
         alive = G.diagonal().real > 0.5
         L = torch.linalg.cholesky(G[alive][:, alive])
         F = torch.zeros(len(G), len(L), dtype=G.dtype)
@@ -68,20 +63,22 @@ class Projector:
         order = order_of(values, which)
         return RayleighRitz(values[order], vectors[:, order], F)
 
-    def _refuse(self, H: Tensor, G: Tensor) -> None:
-        operator = self.products.operator
-        if not bool(torch.isfinite(torch.stack([H, G])).all()):
-            raise NonFiniteError(
-                f"the products of {operator!r} (or of its preconditioner) hold NaN or infinity, "
-                f"by product {self.products.matvecs}; look for them in the data and the parameters"
-            )
-        defect = float((H - H.mH).abs().max())
-        scale = max(self.norm, float(torch.linalg.matrix_norm(H, 2)))
-        if defect > self.suspicious * scale and not self.symmetric:
-            self.products.count(_CHECK_PRODUCTS, _CHECK_PRODUCTS)
-            operator.check(seed=self.seed, strict=True)
-            self.symmetric = True
-        self.floor = max(self.floor, defect)
+    def pairs(self, S: Tensor, AS: Tensor, which: Which, k: int) -> tuple[Ritz, Tensor]:
+        """The k best eigenpairs seen from S, their residuals true, and the vectors (n, k).
+
+        No product: A S is given. Takes 3 k vectors of memory.
+        """
+        small = self(S, AS, which)
+        Y = small.Y[:, :k].to(device=S.device, dtype=S.dtype)
+        X = S @ Y
+        _, residuals = residual_block(self.space, X, AS @ Y, small.values[:k], self.norm)
+        return self.ritz(small, residuals), X
+
+    def ritz(self, small: RayleighRitz, residuals: Tensor) -> Ritz:
+        """The leading pairs, as many as there are residuals."""
+        b = len(residuals)
+        nothing = small.vectors[:0]
+        return Ritz(small.values[:b], small.vectors, residuals, nothing, self.norm, self.floor)
 
 
 def residual_block(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,16 +12,17 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.orthogonal import real_dtype
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import NonFiniteError, OptionError, VectorError
+from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.parameters import ParameterLayout
 
 Operators = Callable[[int], CurvatureOperator] | Sequence[CurvatureOperator]
 
 _FEWEST = 8  # steps, so that there are two to judge by
+_JUDGES = 2  # products at least, for a standard error
 _LONGEST = 0.4  # tail, so that a fifth of the steps is left for the approach
 
 
@@ -40,6 +40,7 @@ class StochasticEigenpair(Result):
     steps: int
     averaged: int  # iterates averaged to v
     judged: int  # products that judged it
+    status: str  # complete, maxseconds, interrupted
     seed: int
     dtype: torch.dtype
     seconds: float
@@ -56,10 +57,11 @@ class StochasticEigenpair(Result):
         return self.steps
 
     def __repr__(self) -> str:
+        stopped = "" if self.status == "complete" else f" ({self.status})"
         hidden = " (hidden by noise)" if self.residual_norm <= self.noise_floor else ""
         return (
             f"StochasticEigenpair  {self.eigenvalue:.6g} +- {self.stderr:.2g} (1 s.e.) | "
-            f"{self.steps} matvecs, momentum {self.momentum:g} | seed {self.seed}\n"
+            f"{self.steps} matvecs{stopped}, momentum {self.momentum:g} | seed {self.seed}\n"
             f"  residual {self.residual_norm:.1e}{hidden}, noise floor {self.noise_floor:.1e}, "
             f"noise of a product {self.noise:.1e}"
         )
@@ -73,6 +75,8 @@ def stochastic_power_iteration(
     tail: float = 0.25,
     v0: Tensor | None = None,
     seed: int = 0,
+    max_seconds: float = math.inf,
+    progress: bool = False,
 ) -> StochasticEigenpair:
     """The eigenpair of largest magnitude of A = E A_t, one product with each of ``steps`` A_t.
 
@@ -98,6 +102,8 @@ def stochastic_power_iteration(
         tail: up to 0.4.
         v0: a start (n,); a random one unless given.
         seed: of the start and of the draws from a list.
+        max_seconds: after this time, two more products judge what there is, as after Ctrl-C.
+        progress: show a bar that counts products, on a terminal.
 
     Raises:
         OptionError, VectorError: options, v0, or the spaces of the operators do not fit.
@@ -110,32 +116,35 @@ def stochastic_power_iteration(
         >>> 4.8 < value < 5.2
         True
     """
-    started = time.perf_counter()
     _refuse(steps, momentum, tail)
     draws = _Draws(operators, seed)
-    first = draws.operator(0)
-    share = max(2, round(tail * steps))
-    v = starting_block(first, v0, 1, seed)
-    iteration = _Iteration(draws, v, momentum)
-    iteration.run(steps - 2 * share)
-    v = iteration.average(share)
-    found = _judged(draws, v, iteration.quotients[-1], steps - share, share)
+    share = max(_JUDGES, round(tail * steps))
+    v = starting_block(draws.first, v0, 1, seed)
+    with run_of_products(
+        draws.first, total=steps, max_seconds=max_seconds, progress=progress
+    ) as products:
+        run = _Run(draws, products)
+        iteration = _Iteration(run, v, momentum)
+        iteration.advance(steps - 2 * share)
+        v, averaged = iteration.average(share)
+        found = _judged(run, v, iteration.quotients[-1], share)
     return StochasticEigenpair(
         eigenvalue=found.value,
         stderr=found.stderr,
         eigenvector=v[:, 0],
         residual_norm=found.residual,
         noise=found.noise,
-        noise_floor=found.noise / share**0.5,
+        noise_floor=found.noise / found.products**0.5,
         momentum=momentum,
-        steps=steps,
-        averaged=share,
-        judged=share,
+        steps=products.matvecs,
+        averaged=averaged,
+        judged=found.products,
+        status=run.status,
         seed=seed,
-        dtype=first.dtype,
-        seconds=time.perf_counter() - started,
+        dtype=draws.first.dtype,
+        seconds=products.seconds,
         history=torch.stack(iteration.quotients).cpu(),
-        layout=first.layout,
+        layout=draws.first.layout,
     )
 
 
@@ -147,17 +156,14 @@ class _Draws:
         self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
         if not callable(operators) and not len(operators):
             raise OptionError("expected at least one operator, got none; pass one a minibatch")
-        self._first: CurvatureOperator | None = None
+        self.first = self._drawn(0)
 
     def operator(self, t: int) -> CurvatureOperator:
-        """The operator of step t, asked for in order; the first may be asked for twice."""
-        if t == 0 and self._first is not None:
-            return self._first
-        op = self._drawn(t)
-        self._first = self._first or op
-        if op.space != self._first.space:
+        """The operator of step t, asked for in order."""
+        op = self._drawn(t) if t else self.first
+        if op.space != self.first.space:
             raise VectorError(
-                f"expected operators on one space, got {self._first!r} and {op!r}; "
+                f"expected operators on one space, got {self.first!r} and {op!r}; "
                 "build all from the same parameters, dtype and device"
             )
         return op
@@ -168,81 +174,120 @@ class _Draws:
         return self._operators[int(self._random.integers(len(self._operators)))]
 
 
+@dataclass
+class _Run:
+    """Steps with an operator each, until there is no more time."""
+
+    draws: _Draws
+    products: Products
+    status: str = "complete"
+
+    def product(self, v: Tensor) -> Tensor:
+        """``A_t v`` (n, 1) with the operator of this step."""
+        self.products.operator = self.draws.operator(self.products.matvecs)
+        return self.products.columns(v)
+
+    def steps(self, count: int, step: Callable[[], object]) -> int:
+        """Take so many steps, fewer after max_seconds or Ctrl-C; how many were taken."""
+        for i in range(count):
+            if self.products.late:
+                self.status = "maxseconds"
+            if self.status != "complete":
+                return i
+            try:
+                step()
+            except KeyboardInterrupt:
+                if not self.products.matvecs:
+                    raise
+                self.status = "interrupted"
+                return i
+        return count
+
+
 class _Iteration:
     """``v₊ ∝ A_t v − β v₋``; the sign of v follows that of its quotient, so that it can settle."""
 
-    def __init__(self, draws: _Draws, v: Tensor, beta: float) -> None:
-        self.draws, self.v, self.beta = draws, v, beta
+    def __init__(self, run: _Run, v: Tensor, beta: float) -> None:
+        self.run, self.v, self.beta = run, v, beta
+        self.space = run.draws.first.space
         self.before = torch.zeros_like(v)
         self.quotients: list[Tensor] = []  # () float64, on the device
 
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self.step()
+    def advance(self, steps: int) -> None:
+        self.run.steps(steps, self.step)
 
-    def average(self, steps: int) -> Tensor:
-        """The direction of the mean of the next iterates."""
+    def average(self, steps: int) -> tuple[Tensor, int]:
+        """The direction of the mean of the next iterates, or the last, and of how many it is."""
         total = torch.zeros_like(self.v)
-        for _ in range(steps):
-            self.step()
-            total += self.v
-        return total / self.draws.operator(0).space.norm(total)
+        count = self.run.steps(steps, lambda: total.add_(self.step()))
+        return (total / self.space.norm(total), count) if count else (self.v, 1)
 
-    def step(self) -> None:
-        op = self.draws.operator(len(self.quotients))
-        w = Products(op).columns(self.v)
-        quotient = op.space.inner(self.v, w)[0, 0].real
+    def step(self) -> Tensor:
+        """The next iterate."""
+        w = self.run.product(self.v)
+        quotient = self.space.inner(self.v, w)[0, 0].real
         self.quotients.append(quotient.double())
         w.sub_(self.before, alpha=self.beta)
-        scale = torch.where(quotient < 0, -1, 1) / op.space.norm(w)
+        scale = torch.where(quotient < 0, -1, 1) / self.space.norm(w)
         self.before = self.v * scale if self.beta else self.before
         self.v = w.mul_(scale)
+        return self.v
 
 
 @dataclass(frozen=True)
 class _Judgement:
     """What products with a fixed unit vector say of it."""
 
+    products: int
     value: float
     stderr: float
     residual: float
     noise: float
 
 
-def _judged(draws: _Draws, v: Tensor, quotient: Tensor, start: int, count: int) -> _Judgement:
-    """Means over the steps from ``start``, of residuals about a rough ``quotient``.
+class _Judge:
+    """Sums over products with v, of residuals about a rough ``quotient``.
 
     Of the products themselves, the noise would be a small difference of large numbers.
     """
-    space = draws.operator(0).space
-    total = torch.zeros_like(v)
-    along, squares = [], []
-    for t in range(start, start + count):
-        r = Products(draws.operator(t)).columns(v)
-        r -= v * quotient.to(real_dtype(v))
-        along.append(space.inner(v, r)[0, 0].real.double())
-        squares.append(space.norm(r).double()[0] ** 2)
-        total += r
-    mean = total / count
-    values = torch.stack(along)
+
+    def __init__(self, run: _Run, v: Tensor, quotient: Tensor) -> None:
+        self.run, self.v, self.quotient = run, v, quotient.to(real_dtype(v))
+        self.space = run.draws.first.space
+        self.total = torch.zeros_like(v)
+        self.along: list[Tensor] = []
+        self.squares: list[Tensor] = []
+
+    def look(self) -> None:
+        r = self.run.product(self.v)
+        r -= self.v * self.quotient
+        self.along.append(self.space.inner(self.v, r)[0, 0].real.double())
+        self.squares.append(self.space.norm(r).double()[0] ** 2)
+        self.total += r
+
+
+def _judged(run: _Run, v: Tensor, quotient: Tensor, count: int) -> _Judgement:
+    """Means over ``count`` further products, over two if there is no more time."""
+    judge = _Judge(run, v, quotient)
+    for _ in range(_JUDGES):
+        judge.look()
+    run.steps(count - _JUDGES, judge.look)
+    count = len(judge.along)
+    values = torch.stack(judge.along)
     small = torch.stack(
         [
             quotient + values.mean(),
             values.var() / count,
-            torch.stack(squares).sum(),
-            space.norm(mean).double()[0] ** 2,
+            torch.stack(judge.squares).sum(),
+            judge.space.norm(judge.total / count).double()[0] ** 2,
             values.mean() ** 2,
         ]
     )
+    run.products.refuse_non_finite(small)
     value, variance, square, total_square, along_square = small.tolist()
-    if not math.isfinite(sum(small.tolist())):
-        raise NonFiniteError(
-            f"the products of {draws.operator(0)!r} and others hold NaN or infinity; look for "
-            "them in the data and the parameters"
-        )
     noise = max(0.0, (square - count * total_square) / (count - 1))
     across = total_square - along_square - noise / count
-    return _Judgement(value, variance**0.5, max(0.0, across) ** 0.5, noise**0.5)
+    return _Judgement(count, value, variance**0.5, max(0.0, across) ** 0.5, noise**0.5)
 
 
 def _refuse(steps: int, momentum: float, tail: float) -> None:
