@@ -1,4 +1,9 @@
-"""The spectrum of a trained classifier: a bulk, and as many outliers as classes but one."""
+"""The spectrum of a trained classifier: a bulk, and as many outliers as classes but one.
+
+With the path of a picture as argument, and matplotlib, it is drawn as well.
+"""
+
+import sys
 
 import torch
 
@@ -23,12 +28,23 @@ fine = quadrature.density(torch.linspace(-0.1, 0.1, 5), sigma=0.01)
 print("density near zero:", *(f"{d:.2f} ± {e:.2f}" for d, e in zip(*fine, strict=True)))
 print("trace:", quadrature.spectral_sum(lambda t: t))
 
-# The log-log picture: how many eigenvalues there are of each size.
+# On logarithmic axes: how many eigenvalues there are of each size, from the bulk's zeros on.
+exponents = torch.linspace(-5, 1, 121, dtype=torch.float64)
+below, above = (quadrature.log_density(exponents, 0.3, sign=s).value for s in (-1, 1))
 print("\nlog10 |λ|     λ < 0     λ > 0   (fraction of eigenvalues per decade)")
-exponents = torch.linspace(-5, 1, 7, dtype=torch.float64)
-negative, positive = (quadrature.log_density(exponents, 0.3, sign=s).value for s in (-1, 1))
-for x, below, above in zip(exponents.tolist(), negative.tolist(), positive.tolist(), strict=True):
-    print(f"{x:9.0f} {below:9.4f} {above:9.4f}")
+for x, negative, positive in zip(exponents[::20], below[::20], above[::20], strict=True):
+    print(f"{round(float(x)):9} {negative:9.4f} {positive:9.4f}")
+
+if len(sys.argv) > 1:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    result.plot(left)
+    for density, label in ((above, "λ > 0"), (below, "λ < 0")):
+        right.loglog(10**exponents, density.clamp_min(1e-4), label=label)
+    right.set(xlabel="|λ|", ylabel="fraction of eigenvalues per decade")
+    right.legend()
+    figure.savefig(sys.argv[1])
 
 exact = torch.linalg.eigvalsh(dense_hessian(problem.full_loss, problem.parameters, rows_at_once=64))
 print("\nfor comparison: the dense answer")

@@ -1,5 +1,7 @@
 """Curvature matrices of neural networks as linear operators for every numerical library."""
 
+from torchlinop.adapters.cupy import as_cupy_operator
+from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
 from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
 from torchlinop.algorithms.block_coupling import BlockCoupling, block_coupling
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
@@ -17,7 +19,6 @@ from torchlinop.algorithms.quadrature import logdet, slq
 from torchlinop.algorithms.randomized_eigh import randomized_eigh
 from torchlinop.algorithms.solve import inverse, solve
 from torchlinop.algorithms.spectral_density import spectral_density
-from torchlinop.algorithms.spectrum import LanczosConfig, compute_spectrum, create_operator
 from torchlinop.algorithms.stochastic_power_iteration import stochastic_power_iteration
 from torchlinop.algorithms.trace import hutch_plus_plus, hutchinson, trace, xnystrace, xtrace
 from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
@@ -41,6 +42,13 @@ from torchlinop.operators.jacobian import JacobianOperator
 from torchlinop.operators.kfac import EKFACOperator, KFACOperator
 from torchlinop.parameters import ParameterLayout, match_names, match_regex
 from torchlinop.space import VectorSpace
+from torchlinop.spectrum import (
+    LanczosConfig,
+    SpectrumResult,
+    compute_spectrum,
+    create_operator,
+    lanczos_algorithm,
+)
 
 __all__ = [
     "BlockCoupling",
@@ -66,16 +74,20 @@ __all__ = [
     "MatrixOperator",
     "ParameterLayout",
     "ReverseOverReverse",
+    "SpectrumResult",
     "TorchlinopError",
     "TorchlinopWarning",
     "VectorSpace",
     "apply_function",
+    "as_cupy_operator",
     "as_linear_operator",
     "block_coupling",
     "compute_spectrum",
     "condition_number",
     "conjugate_gradient",
     "create_operator",
+    "cupy_eigsh",
+    "cupy_lobpcg",
     "deflated_power_iteration",
     "diagonal",
     "extremal_eigenvalues",
@@ -85,6 +97,7 @@ __all__ = [
     "hutchinson",
     "inverse",
     "lanczos",
+    "lanczos_algorithm",
     "lanczos_tridiagonal",
     "lobpcg",
     "logdet",

@@ -123,6 +123,6 @@ class OrthogonalityWarning(TorchlinopWarning):
 def warn_caller(message: str, category: type[TorchlinopWarning]) -> None:
     """Warn at the line outside of this package that led here."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals["__name__"].startswith("torchlinop."):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("torchlinop."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from torchlinop import CountingOperator, HessianOperator, LambdaOperator, MatrixOperator
-from torchlinop.algorithms.block_coupling import block_coupling
-from torchlinop.errors import NoParametersError, OptionError
+from torchlinop.algorithms.block_coupling import BlockCoupling, block_coupling
+from torchlinop.errors import NonFiniteError, NoParametersError, OptionError
 from torchlinop.operators import blocks as blocks_module
 from torchlinop.parameters import ParameterLayout
 from torchlinop.testing import gallery
@@ -194,7 +194,7 @@ def test_modules_and_labels_group_the_blocks():
 def test_products_are_counted_and_taken_in_two_passes(by):
     counted = named(CountingOperator(MatrixOperator(symmetric())))
     c = block_coupling(counted, by, num_probes=5)
-    assert c.num_matvecs == counted.matvecs == 5 * (1 + len(c.names))
+    assert c.matvecs == counted.matvecs == 5 * (1 + len(c.names))
     assert counted.matmats == 2
 
 
@@ -232,3 +232,17 @@ def test_unknown_options_are_refused(options, message):
 def test_coupling_needs_named_parameters():
     with pytest.raises(NoParametersError, match="MatrixOperator has no named parameters to group"):
         block_coupling(MatrixOperator(symmetric()))
+
+
+def test_products_that_hold_nan_are_named():
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity"):
+        block_coupling(named(MatrixOperator(symmetric() * float("nan"))))
+
+
+def test_a_report_survives_a_file_and_is_a_table(tmp_path):
+    c = block_coupling(named(MatrixOperator(symmetric())), num_probes=4)
+    c.save(tmp_path / "c.safetensors")
+    again = BlockCoupling.load(tmp_path / "c.safetensors")
+    assert repr(again) == repr(c)
+    assert again.names == c.names
+    assert c.scalars()["relative_error/1"] == float(c.relative_error[0])

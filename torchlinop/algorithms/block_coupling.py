@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from torchlinop.algorithms.products import multiply, run_of_products
+from torchlinop.algorithms.result import Result
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.blocks import BlockDiagonalOperator, columns_that_fit
@@ -19,8 +22,8 @@ _SHOWN = 10  # blocks in a repr
 _CHANCE = 1e-3  # of naming some block of a linear map, of many entries
 
 
-@dataclass(frozen=True)
-class BlockCoupling:
+@dataclass(frozen=True, repr=False)
+class BlockCoupling(Result):
     """For every block b, the rows ``f = (A v)_b`` of a product against ``k = A_bb v_b``.
 
     All tensors are float64, on the CPU.
@@ -34,9 +37,20 @@ class BlockCoupling:
     defect: Tensor  # (num_blocks,) relative_error² + cosine² − 1: 0 for a linear map
     defect_stderr: Tensor  # (num_blocks,)
     num_probes: int
-    num_matvecs: int
+    matvecs: int
     distribution: str
     seed: int
+    seconds: float
+
+    _columns: ClassVar[tuple[str, ...]] = (
+        "names",
+        "relative_error",
+        "relative_error_stderr",
+        "cosine",
+        "cosine_stderr",
+        "defect",
+        "defect_stderr",
+    )
 
     @property
     def nonlinear(self) -> tuple[str, ...]:
@@ -55,7 +69,7 @@ class BlockCoupling:
         width = max(len("block"), *map(len, self.names[:_SHOWN]))
         lines = [
             f"BlockCoupling  {len(self.names)} blocks, {self.num_probes} {self.distribution} "
-            f"probes, {self.num_matvecs:,} products",
+            f"probes, {self.matvecs:,} products",
             f"  {'block':{width}}  relative error   cosine           relative error² + cosine² - 1",
         ]
         errors = (self.relative_error, self.relative_error_stderr)
@@ -84,6 +98,7 @@ def block_coupling(
     num_probes: int = 16,
     distribution: Distribution = "gaussian",
     seed: int = 0,
+    progress: bool = False,
 ) -> BlockCoupling:
     """Compare products with those of the diagonal blocks, on random isotropic vectors v.
 
@@ -100,11 +115,13 @@ def block_coupling(
     alone is zero has 1 and 0. Standard errors are jackknifed over the probes; that of the defect
     is at least ten roundoffs.
 
-    Costs ``num_probes (1 + B)`` products for B blocks, in as few passes as memory allows.
+    Costs ``num_probes (1 + B)`` products for B blocks, in as few passes as memory allows;
+    ``progress`` shows a bar that counts them, on a terminal.
 
     Raises:
         NoParametersError: the operator has no named parameters.
         OptionError: unknown ``by`` or ``distribution``, or fewer than two probes.
+        NonFiniteError: a product holds NaN or infinity; MemoryEstimateError: memory ran out.
 
     Source: the metrics of Granziol and Juarev, Hessian spectral analysis at foundation model
     scale, arXiv:2602.00816, section 6, as ratios of means.
@@ -117,12 +134,16 @@ def block_coupling(
     names, rows = zip(*((name, B.indices) for name, B in op.blocks(by).items()), strict=True)
     block_diagonal = BlockDiagonalOperator.of(op, by)
     probes = op.space.random(num_probes, seed, distribution)
+    total = num_probes * (1 + len(names))
     parts, sizes = [], []
-    for V in probes.split(columns_that_fit(op.space), dim=1):
-        F, K = op.matmat(V), block_diagonal.matmat(V)
-        pairs = [_scaled(F[r].double(), K[r].double()) for r in rows]
-        parts.append(torch.stack([_moments(f, k) for f, k, _ in pairs], dim=1))
-        sizes.append(torch.stack([size for _, _, size in pairs]))
+    with run_of_products(op, total=total, progress=progress) as products:
+        for V in probes.split(columns_that_fit(op.space), dim=1):
+            F, K = products(V), multiply(block_diagonal, V)
+            products.count(V.shape[1] * len(names))
+            pairs = [_scaled(F[r].double(), K[r].double()) for r in rows]
+            parts.append(torch.stack([_moments(f, k) for f, k, _ in pairs], dim=1))
+            sizes.append(torch.stack([size for _, _, size in pairs]))
+            products.refuse_non_finite(sizes[-1])
     moments = _on_one_scale(torch.cat(parts, dim=2).cpu(), torch.cat(sizes, dim=1).cpu())
     relative_error, relative_error_stderr = _jackknifed(_relative_error, moments)
     cosine, cosine_stderr = _jackknifed(_cosine, moments)
@@ -136,9 +157,10 @@ def block_coupling(
         defect,
         defect_stderr.clamp_min(10 * torch.finfo(op.dtype).eps),
         num_probes,
-        num_probes * (1 + len(names)),
+        products.matvecs,
         distribution,
         seed,
+        products.seconds,
     )
 
 
