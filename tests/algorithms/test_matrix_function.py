@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchlinop import MatrixOperator
+from torchlinop import LambdaOperator, MatrixOperator
 from torchlinop.algorithms.matrix_function import apply_function
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.testing.gallery import with_spectrum
@@ -67,6 +67,79 @@ def test_half_precision_products_keep_their_vectors_in_float32():
     result = apply_function(MatrixOperator(A.bfloat16()), torch.sqrt, B.bfloat16())
     assert result.x.dtype == torch.float32
     assert ((result.x - exact).norm(dim=0) <= 0.03 * exact.norm(dim=0)).all()
+
+
+STRESS = {
+    "rank 5": torch.cat([torch.zeros(95, dtype=F64), torch.arange(1, 6, dtype=F64)]),
+    "two values": torch.tensor([1.0, 50.0], dtype=F64).repeat_interleave(50),
+    "outliers": torch.cat([torch.linspace(0.01, 0.5, 90), torch.linspace(2, 20, 10)]).double(),
+    "condition 1e6": torch.logspace(-6, 0, 100, dtype=F64),
+    "tiny": 1e-12 * torch.linspace(0.1, 1, 100, dtype=F64),
+    "identity": torch.ones(100, dtype=F64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spectrum", STRESS)
+@pytest.mark.parametrize("f", [torch.exp, torch.sqrt, torch.sign, torch.abs])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_what_is_converged_is_right_and_errors_are_not_larger_than_estimated(spectrum, f, dtype):
+    A, B, exact = problem(STRESS[spectrum], f)
+    result = apply_function(MatrixOperator(A.to(dtype)), f, B.to(dtype), 60)
+    errors = (result.x.double() - exact).norm(dim=0)
+    norm_of_A = float(STRESS[spectrum].abs().max())
+    kernel = f(torch.tensor(50 * torch.finfo(dtype).eps * norm_of_A).double())  # has no sign
+    assert (errors <= 3 * result.error_estimates + float(kernel) * B.norm(dim=0)).all()
+
+
+def test_signs_of_an_indefinite_matrix_are_those_of_its_eigenvalues():
+    eigenvalues = torch.cat([-torch.linspace(0.5, 1, 40), torch.linspace(0.5, 2, 60)]).double()
+    A, B, exact = problem(eigenvalues, torch.sign)
+    result = apply_function(MatrixOperator(A), torch.sign, B, rtol=1e-10)
+    assert result.converged.all()
+    torch.testing.assert_close(result.x, exact, rtol=0, atol=1e-8)
+
+
+def test_what_rounding_does_to_a_logarithm_is_in_the_estimate():
+    A, B, exact = problem(torch.logspace(-5, 0, 100, dtype=F64), torch.log)
+    result = apply_function(MatrixOperator(A.float()), torch.log, B.float())
+    assert ((result.x - exact).norm(dim=0) <= 2 * result.error_estimates).all()
+
+
+@pytest.mark.parametrize("keep_basis", [True, False])
+@pytest.mark.parametrize("stop", ["interrupted", "out of time"])
+def test_a_stopped_run_returns_what_its_steps_give(stop, keep_basis):
+    A, B, _ = problem(torch.logspace(-3, 0, 100, dtype=F64), torch.log)
+    calls = []
+
+    def matmat(V):
+        calls.append(V)
+        if stop == "interrupted" and len(calls) == 8:
+            raise KeyboardInterrupt
+        return A @ V
+
+    op = LambdaOperator(100, lambda v: A @ v, matmat=matmat, dtype=F64)
+    limit = {} if stop == "interrupted" else {"max_seconds": 1e-9}
+    result = apply_function(op, torch.log, B, keep_basis=keep_basis, **limit)
+    steps = 7 if stop == "interrupted" else 1
+    assert result.steps == steps
+    assert result.warnings == (f"{stop}: 3 columns not converged after {steps} steps",)
+    expected = apply_function(MatrixOperator(A), torch.log, B, steps).x
+    torch.testing.assert_close(result.x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_interrupted_before_its_first_product_has_no_result():
+    def interrupt(v):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_function(LambdaOperator(3, interrupt, dtype=F64), torch.exp, torch.ones(3).double())
+
+
+def test_small_vectors_do_not_vanish_in_float32():
+    b = torch.arange(1.0, 7.0)
+    op = MatrixOperator(torch.diag(b))
+    tiny, plain = (apply_function(op, torch.sqrt, c).x for c in (b * 2.0**-90, b))
+    assert torch.equal(tiny, plain * 2.0**-90)
 
 
 def test_too_few_steps_are_said_to_be_too_few():

@@ -1,5 +1,6 @@
 """MINRES solves indefinite systems, never lets the residual grow, and knows least squares."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import minres as scipy_minres
@@ -59,14 +60,48 @@ def test_an_indefinite_system_is_solved_with_a_definite_preconditioner():
     torch.testing.assert_close(result.x, torch.linalg.solve(A, B), rtol=1e-8, atol=1e-8)
 
 
-def test_an_inconsistent_system_ends_near_least_squares_with_a_warning():
-    eigenvalues = torch.cat([torch.zeros(20, dtype=F64), torch.linspace(0.5, 2, 80, dtype=F64)])
-    A, Q = with_spectrum(eigenvalues)
-    b = right_hand_sides(100, 1)[:, 0]
-    with pytest.warns(NotConvergedWarning, match="0 of 1 systems"):
-        result = minres(MatrixOperator(A), b)
-    least = (Q[:, :20].T @ b).norm()  # what no x can reach
-    assert float(result.residual_norms) == pytest.approx(float(least), rel=1e-2)
+def both_signs(n):
+    return torch.linspace(0.2, 1, n // 5).repeat(4) * torch.tensor([1.0, 1, 1, -1]).repeat(n // 5)
+
+
+SINGULAR = {  # of n eigenvalues, those that may not be zero
+    "one zero": lambda n: torch.linspace(0.5, 2, n - 1),
+    "a fifth zero": lambda n: torch.linspace(0.5, 2, 4 * n // 5),
+    "indefinite": both_signs,
+    "pairs": lambda n: torch.tensor([-1.0, 1.0]).repeat(n // 4),
+    "rank one": lambda n: torch.tensor([3.0]),
+    "zero": lambda n: torch.zeros(1),
+    "outliers": lambda n: torch.cat([torch.linspace(0.3, 0.5, n // 2), torch.arange(2.0, 7.0)]),
+}
+
+
+@pytest.mark.parametrize("spectrum", SINGULAR)
+@pytest.mark.parametrize("n", [20, 100, 400])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(F64, 1.0), (F64, 1e-9), (torch.float32, 1.0), (torch.float32, 1e6)]
+)
+def test_an_inconsistent_system_ends_with_the_shortest_least_squares_solution(
+    spectrum, n, dtype, scale
+):
+    eigenvalues = torch.zeros(n, dtype=F64)
+    given = SINGULAR[spectrum](n)
+    eigenvalues[: len(given)] = given
+    A = scale * with_spectrum(eigenvalues)[0]
+    b = right_hand_sides(n, 1)[:, 0]
+    with pytest.warns(NotConvergedWarning, match=r"singular\)\. The vector b is not in the range"):
+        result = minres(MatrixOperator(A.to(dtype)), b.to(dtype))
+    assert result.status == ("singular",)
+    x, *_ = np.linalg.lstsq(A.numpy(), b.numpy(), rcond=1e-6)
+    least = np.linalg.norm(b.numpy() - A.numpy() @ x)
+    flat = 10 * torch.finfo(dtype).eps ** 0.5  # ‖A r‖ / (‖A‖ ‖r‖), over the least |λ| of 0.05 ‖A‖
+    assert float(result.residual_norms) <= (1 + flat) * least
+    assert np.linalg.norm(result.x.double().numpy() - x) <= 20 * flat * np.linalg.norm(x)
+
+
+def test_an_ill_conditioned_but_consistent_system_is_not_taken_for_singular():
+    A = with_spectrum(torch.logspace(-6, 0, 100, dtype=F64))[0]
+    result = minres(MatrixOperator(A), right_hand_sides(100), max_iter=3000)
+    assert result.converged.all()
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])

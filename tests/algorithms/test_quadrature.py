@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from torchlinop import LambdaOperator, MatrixOperator
-from torchlinop.algorithms.quadrature import Quadrature, logdet, quadrature_size, slq
+from torchlinop.algorithms.distribution_bounds import sharp_bounds
+from torchlinop.algorithms.quadrature import logdet, quadrature_size, slq
+from torchlinop.algorithms.quadrature_result import Quadrature
+from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.testing.gallery import with_spectrum
 
@@ -152,17 +155,35 @@ def test_the_count_of_a_multiple_outlier_is_its_multiplicity():
     assert abs(float(outliers.counts) - 9) < 3 * 400 * float(outliers.stderr)
 
 
-def test_bounds_of_the_distribution_function_enclose_that_of_every_probe():
-    eigenvalues = semicircle(200)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("steps", [3, 20, 60])
+@pytest.mark.parametrize(("dtype", "rounding"), [(F64, 1e-12), (torch.float32, 1e-5)])
+def test_bounds_of_the_distribution_function_enclose_that_of_every_probe(
+    spectrum, steps, dtype, rounding
+):
+    eigenvalues = SPECTRA[spectrum](200)
     A, Q = with_spectrum(eigenvalues)
-    op, blocks = recorded(A)
-    quadrature = slq(op, 4, 20)
-    x = torch.linspace(-1.1, 1.1, 101, dtype=F64)
+    op, blocks = recorded(A.to(dtype))
+    quadrature = slq(op, 4, steps)
+    x = torch.linspace(-1.6, 10.1, 301, dtype=F64)
     below = (eigenvalues[:, None] <= x).double()
-    exact = (((Q.T @ blocks[0]) ** 2).T @ below).mean(0)
+    exact = (((Q.T @ blocks[0].double()) ** 2).T @ below).mean(0)
     low, high = quadrature.cdf_bounds(x)
-    assert ((low.value - 1e-12 <= exact) & (exact <= high.value + 1e-12)).all()
-    assert ((low.value <= quadrature.cdf(x).value) & (quadrature.cdf(x).value <= high.value)).all()
+    assert ((low.value - rounding <= exact) & (exact <= high.value + rounding)).all()
+    value = quadrature.cdf(x).value
+    assert ((low.value - rounding <= value) & (value <= high.value + rounding)).all()
+
+
+def test_bounds_of_the_distribution_function_are_attained_by_a_measure_of_the_same_moments():
+    theta = torch.tensor([-1.0, 0.2, 1.5, 2.0], dtype=F64)
+    w = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=F64)
+    op = MatrixOperator(torch.diag(theta))
+    lanczos = lanczos_tridiagonal(op, w.sqrt(), 3)  # three steps leave one node free
+    nodes, Y = torch.linalg.eigh(lanczos.matrix())
+    residuals = lanczos.residual_norm * Y[-1].abs()
+    low, high = sharp_bounds(nodes, Y[0] ** 2, residuals, theta)  # where these four are the nodes
+    torch.testing.assert_close(high, w.cumsum(0), rtol=0, atol=1e-13)
+    torch.testing.assert_close(low, w.cumsum(0) - w, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("negative", [0, 40, 200, 400])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.linear_system import Iterate, Method, System, run, system
+from torchlinop.algorithms.iterates import Iterate, Method
+from torchlinop.algorithms.linear_system import SolveOptions, System, solve_by
 from torchlinop.algorithms.solve_result import SolveResult
 from torchlinop.operators.base import CurvatureOperator
 
@@ -16,37 +18,24 @@ from torchlinop.operators.base import CurvatureOperator
 class _State(Iterate):
     R: Tensor  # (n, k) residuals
     RMR: Tensor  # (k,) rᵀ M r
-    scale: Tensor  # (k,) a bound below ‖A‖
 
 
 def conjugate_gradient(
-    op: CurvatureOperator,
-    b: Tensor,
-    *,
-    damping: float = 0.0,
-    preconditioner: CurvatureOperator | None = None,
-    rtol: float | None = None,
-    max_iter: int | None = None,
+    op: CurvatureOperator, b: Tensor, **options: Unpack[SolveOptions]
 ) -> SolveResult:
     """Solve ``(A + damping I) x = b`` for a positive definite matrix and one or many b.
 
     b is a vector (n,) or a block (n, k), whose columns share products and nothing else. A column
-    is dropped when its residual is at most ``rtol ‖b‖`` (√eps of the operator's dtype), after
-    ``max_iter`` (1000) iterations, or when it meets a direction of curvature ≤ 0 (within
-    rounding), which the result holds. Consistent singular systems are solved too.
+    is dropped when its residual is at most ``rtol ‖b‖``, after ``max_iter`` iterations, or when it
+    meets a direction of curvature ≤ 0 (within rounding), which the result holds. Consistent
+    singular systems are solved too.
 
     Costs a product an iteration and column, and one more to confirm the residual; memory for four
-    blocks besides b. ``preconditioner`` is an operator about ``A⁻¹``, positive definite.
-
-    Raises:
-        VectorError: b or the preconditioner is not of this space.
-        OptionError: no such tolerance; the preconditioner is not positive definite.
-        NonFiniteError: b or products hold NaN or infinity.
+    blocks besides b. ``options`` and errors: those of `solve`.
 
     Source: Hestenes and Stiefel 1952; O'Leary 1980 for several right-hand sides.
     """
-    problem = system(op, b, damping, preconditioner, rtol, max_iter)
-    return run(problem, cg_method(problem))
+    return solve_by(cg_method, op, b, **options)
 
 
 def cg_method(problem: System) -> Method[_State]:
@@ -54,14 +43,13 @@ def cg_method(problem: System) -> Method[_State]:
     A, precondition = problem.A, problem.precondition
     eps = torch.finfo(A.operator.dtype).eps  # of products: curvature below it has no sign
 
-    def start(X: Tensor, R: Tensor, targets: Tensor) -> _State:
+    def start(X: Tensor, R: Tensor, targets: Tensor, scale: Tensor) -> _State:
         Z = precondition(R)
         norms, RMR = A.norms(R), A.dots(R, Z)
         zeros = torch.zeros_like(RMR)
         fails = (norms > 0) & (RMR <= 0)
-        return _State(
-            X, norms, targets, fails, torch.zeros_like(fails), fails, zeros, Z, R, RMR, zeros
-        )
+        never, infinite = torch.zeros_like(fails), torch.full_like(zeros, torch.inf)
+        return _State(X, norms, targets, fails, never, X, infinite, scale, fails, zeros, Z, R, RMR)
 
     def step(s: _State) -> _State:
         P = s.directions
@@ -81,8 +69,9 @@ def cg_method(problem: System) -> Method[_State]:
         P = torch.where(stuck, P, torch.addcmul(Z, P, beta))
         fails = s.preconditioner_fails | ((norms > 0) & (RMR <= 0))
         return _State(
-            X, norms, s.targets, stuck | fails, s.noteworthy, fails, curvature, P, R, RMR, scale
-        )
+            X, norms, s.targets, stuck | fails, s.doubtful, X, s.flatness, scale, fails,
+            curvature, P, R, RMR,
+        )  # fmt: skip
 
     return Method("conjugate gradient", start, step, "indefinite", monotone=False)
 

@@ -6,19 +6,26 @@ A column is done when a product says so, never when a recurrence does: ``b − A
 
 from __future__ import annotations
 
-import dataclasses
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypedDict
 
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.iterates import Method, State, replaced, taken, within
+from torchlinop.algorithms.late_look import LateLook
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
 from torchlinop.algorithms.solve_result import SolveResult, Status
-from torchlinop.errors import NotConvergedWarning, OptionError, VectorError, warn_caller
+from torchlinop.errors import (
+    NotConvergedError,
+    NotConvergedWarning,
+    OptionError,
+    VectorError,
+    warn_caller,
+)
 from torchlinop.operators.base import CurvatureOperator
 
 _PROGRESS = 0.5  # a restart must halve the residual, or rounding has the last word
@@ -26,32 +33,21 @@ _BETWEEN_LOOKS = 50  # iterations, after which recurrences are held against true
 _DRIFT = 2.0  # a true residual so much larger than the recurrence's ends the recurrence
 
 
-@dataclass(frozen=True)
-class Iterate:
-    """What a method knows of every column; the last axis of every tensor are the columns."""
+class StopOptions(TypedDict, total=False):
+    """When a solver stops, and what it shows; `solve` explains them."""
 
-    X: Tensor  # (n, k)
-    residual_norms: Tensor  # (k,) as the recurrence believes
-    targets: Tensor  # (k,) of them, where X may stay: the host looks late
-    stuck: Tensor  # (k,) bool: no step is left
-    noteworthy: Tensor  # (k,) bool: better than what may follow, so that X should be kept
-    preconditioner_fails: Tensor  # (k,) bool: r ≠ 0, but rᵀ M r ≤ 0
-    curvatures: Tensor  # (k,) pᵀ A p / ‖p‖² of the last direction
-    directions: Tensor  # (n, k) p
+    rtol: float | None
+    max_iter: int | None
+    max_seconds: float
+    progress: bool
+    strict: bool
 
 
-State = TypeVar("State", bound=Iterate)
+class SolveOptions(StopOptions, total=False):
+    """What a solver may be given besides the operator and b; `solve` explains them."""
 
-
-@dataclass(frozen=True)
-class Method(Generic[State]):
-    """A solver as its first iterate and the step to the next. Steps may overwrite what they get."""
-
-    name: str
-    start: Callable[[Tensor, Tensor, Tensor], State]  # from X, its residual R, and the targets
-    step: Callable[[State], State]
-    when_stuck: Status
-    monotone: bool  # residuals never grow, but by rounding
+    damping: float
+    preconditioner: CurvatureOperator | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ class System:
     """``(A + damping I) X = B``, checked, with what is asked of its solution."""
 
     A: Products
-    B: Tensor  # (n, k)
+    B: Tensor  # (n, k) of norms between 1 and 2, or 0
+    units: Tensor  # (k,) what columns were divided by
     M: CurvatureOperator | None  # about the inverse, positive definite
     shape: torch.Size  # of what the caller passed as b
     rtol: float
@@ -69,15 +66,27 @@ class System:
         return R if self.M is None else self.M.matmat(R.to(self.M.dtype)).to(R.dtype)
 
 
-def system(  # noqa: PLR0917  # one for each option of a solver
+def solve_by(
+    method_of: Callable[[System], Method[State]],
     op: CurvatureOperator,
     b: Tensor,
-    damping: float,
-    preconditioner: CurvatureOperator | None,
-    rtol: float | None,
-    max_iter: int | None,
-) -> System:
-    """The system, or what is wrong with it."""
+    *,
+    damping: float = 0.0,
+    preconditioner: CurvatureOperator | None = None,
+    rtol: float | None = None,
+    max_iter: int | None = None,
+    max_seconds: float = math.inf,
+    progress: bool = False,
+    strict: bool = False,
+) -> SolveResult:
+    """Iterate by this method until every column converged, cannot go on, or was stopped.
+
+    Raises:
+        VectorError: b or the preconditioner is not of this space.
+        OptionError: no such tolerance; the preconditioner is not positive definite.
+        NonFiniteError: b or products hold NaN or infinity; MemoryEstimateError: memory ran out.
+        NotConvergedError: by strict=True, where others warn.
+    """
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     max_iter = 1000 if max_iter is None else max_iter
     if not 0 < rtol < 1 or max_iter < 1:
@@ -90,20 +99,13 @@ def system(  # noqa: PLR0917  # one for each option of a solver
             f"expected a preconditioner on the space of the operator, got {preconditioner!r} for "
             f"{op!r}; build both from the same parameters, dtype and device"
         )
-    A = Products(op, damping=damping)
-    return System(A, right_hand_sides(A, b), preconditioner, b.shape, rtol, max_iter)
-
-
-def run(problem: System, method: Method[State]) -> SolveResult:
-    """Iterate until every column converged, cannot go on, or used up its iterations."""
-    clock = time.perf_counter()
-    columns = Columns(problem, method)
-    for iteration in range(1, problem.max_iter + 1):
-        if not columns.active:
-            break
-        columns.advance(iteration)
-    columns.settle(columns.everywhere(True), columns.everywhere(False), last=True)
-    return columns.result(time.perf_counter() - clock)
+    with run_of_products(op, damping=damping, max_seconds=max_seconds, progress=progress) as A:
+        B, units = right_hand_sides(A, b)
+        problem = System(A, B, units, preconditioner, b.shape, rtol, max_iter)
+        columns = Columns(problem, method_of(problem))
+        ended = columns.iterate()
+        columns.settle(columns.everywhere(True), columns.everywhere(False), ended)
+        return columns.result(strict=strict)
 
 
 class Columns(Generic[State]):
@@ -124,12 +126,28 @@ class Columns(Generic[State]):
         self.active = self.sizes.nonzero()[:, 0].tolist()  # x = 0 solves for b = 0
         started = (self.sizes > 0).to(B.device)
         targets = (problem.rtol * self.sizes[self.active]).to(B.device)
-        self.state = method.start(self.X[:, started], B[:, started], targets)
+        zeros = torch.zeros_like(targets)
+        self.state = method.start(self.X[:, started], B[:, started], targets, zeros)
         self.look = LateLook()
 
     def everywhere(self, flag: bool) -> Tensor:
         """A flag for every active column."""
         return torch.full((len(self.active),), flag)
+
+    def iterate(self) -> Status:
+        """Until no column is active, or what ended it before."""
+        try:
+            for iteration in range(1, self.problem.max_iter + 1):
+                if not self.active:
+                    break
+                if iteration > 1 and self.problem.A.late:
+                    return "maxseconds"
+                self.advance(iteration)
+        except KeyboardInterrupt:
+            if not self.problem.A.matvecs:
+                raise
+            return "interrupted"
+        return "max_iter"
 
     def advance(self, iteration: int) -> None:
         """One step of all active columns; those that seem done are judged, and all at times."""
@@ -137,47 +155,82 @@ class Columns(Generic[State]):
         self.iterations[self.active] = iteration
         # ``~(>)`` so that NaN comes to light.
         done = ~(self.state.residual_norms > self.state.targets) | self.state.stuck
-        done, noteworthy = self.look(torch.stack([done, self.state.noteworthy]))
-        seen = done | noteworthy | (iteration % _BETWEEN_LOOKS == 0)
+        done, doubtful = self.look(torch.stack([done, self.state.doubtful]))
+        seen = done | doubtful | (iteration % _BETWEEN_LOOKS == 0)
         if seen.any():
             self.settle(seen, done)
             self.look = LateLook()
 
-    def settle(self, seen: Tensor, done: Tensor, *, last: bool = False) -> None:
+    def settle(self, seen: Tensor, done: Tensor, ended: Status | None = None) -> None:
         """Judge these of the active columns by true residuals: drop, start anew, or go on."""
         if not seen.any():
             return
         A = self.problem.A
-        state = taken(self.state, seen)
+        state, claimed = taken(self.state, seen), done[seen]
         self._refuse_preconditioner(state)
         columns = [i for i, s in zip(self.active, seen.tolist(), strict=True) if s]
-        R = self.problem.B[:, columns] - A(state.X)
+        X, R = state.X, self.problem.B[:, columns] - A(state.X)
         norms = A.norms(R).cpu()
         A.refuse_non_finite(norms)
         drifted = norms > _DRIFT * state.residual_norms.cpu()
+        short = norms > self.problem.rtol * self.sizes[columns]
+        stuck = state.stuck.cpu()
+        hopeless = stuck | (claimed & (norms > _PROGRESS * self.claims[columns]))
         better = (norms <= self.residuals[columns]) | (not self.method.monotone)
-        worse = ~better & (norms > _DRIFT * self.residuals[columns])
-        finished = torch.zeros_like(better)
-        for j, i in enumerate(columns):
-            norm, claimed = float(norms[j]), bool(done[seen][j])
-            if norm <= self.problem.rtol * float(self.sizes[i]):
-                self.status[i] = "converged"
-            elif bool(state.stuck[j]):
-                self.status[i] = self.method.when_stuck
-            elif last:
-                self.status[i] = "max_iter"
-            elif worse[j] or (claimed and norm > _PROGRESS * float(self.claims[i])):
-                self.status[i] = "stagnated"
-            else:
-                self.claims[i] = norm if claimed else self.claims[i]
-                continue
-            finished[j] = True
-            if self.status[i] == "indefinite":
-                self._keep_direction(state, j, i)
-        improved = [i for i, b in zip(columns, better.tolist(), strict=True) if b]
-        self.X[:, improved] = state.X[:, better.to(R.device)]
-        self.residuals[improved] = norms[better]
-        self._go_on(seen, finished, (drifted | done[seen]) & ~finished, state.X, R)
+        hopeless |= ~better & (norms > _DRIFT * self.residuals[columns])
+        doubted = hopeless | drifted | state.doubtful.cpu()
+        singular = self._least_squares(state, columns, short & doubted, X, R)
+        if singular.any():
+            norms, better = A.norms(R).cpu(), better | singular
+        finished = ~short | hopeless | singular | (ended is not None)
+        for j in finished.nonzero()[:, 0].tolist():
+            self.status[columns[j]] = self._verdict(
+                bool(short[j]), bool(singular[j]), bool(stuck[j]), bool(hopeless[j]), ended
+            )
+            self._keep_direction(state, j, columns[j])
+        index = torch.tensor(columns)
+        self.claims[index[claimed]] = norms[claimed]
+        self.X[:, index[better].to(X.device)] = X[:, better.to(X.device)]
+        self.residuals[index[better]] = norms[better]
+        self._go_on(seen, finished, (drifted | claimed) & ~finished, X, R)
+
+    def _verdict(
+        self, short: bool, singular: bool, stuck: bool, hopeless: bool, ended: Status | None
+    ) -> Status:
+        if not short:
+            return "converged"
+        if singular:
+            return "singular"
+        if stuck:
+            return self.method.when_stuck
+        return "stagnated" if hopeless or ended is None else ended
+
+    def _least_squares(
+        self, state: State, columns: list[int], where: Tensor, X: Tensor, R: Tensor
+    ) -> Tensor:
+        """Which of these columns have a residual orthogonal to the range of A, up to rounding.
+
+        Their shortest solution of least squares and its residual are written into X and R. Costs
+        two products a column where the recurrence believes it, and none elsewhere.
+        """
+        flat = self.method.flat
+        where = where & (state.flatness.cpu() <= flat)
+        if not where.any():
+            return where
+        A = self.problem.A
+        index = where.nonzero()[:, 0].to(X.device)
+        Y = state.fallback[:, index]
+        S = self.problem.B[:, torch.tensor(columns)[where].to(X.device)] - A(Y)
+        AS, sizes = A(S), A.norms(S)
+        orthogonal = A.norms(AS) <= flat * state.scale[index] * sizes
+        if self.problem.M is None:
+            # What y has of the kernel of A is along s: Liu, Milzarek and Roosta 2022.
+            along = (A.dots(S, Y) / sizes**2).to(Y.dtype)
+            lifted = S + AS * along
+            harmless = A.norms(lifted) <= (1 + flat) * sizes
+            Y, S = torch.where(harmless, Y - S * along, Y), torch.where(harmless, lifted, S)
+        X[:, index[orthogonal]], R[:, index[orthogonal]] = Y[:, orthogonal], S[:, orthogonal]
+        return within(where, orthogonal.cpu())
 
     def _go_on(
         self, seen: Tensor, finished: Tensor, restarting: Tensor, X: Tensor, R: Tensor
@@ -185,8 +238,10 @@ class Columns(Generic[State]):
         """Start some of the columns seen anew from X with residual R, and drop the finished."""
         if restarting.any():
             where = restarting.to(X.device)
-            targets = self.state.targets[seen.to(X.device)][where]
-            fresh = self.method.start(X[:, where], R[:, where], targets)
+            targets, scale = (
+                t[seen.to(X.device)][where] for t in (self.state.targets, self.state.scale)
+            )
+            fresh = self.method.start(X[:, where], R[:, where], targets, scale)
             self.state = replaced(self.state, within(seen, restarting), fresh)
         if finished.any():
             keep = ~within(seen, finished)
@@ -201,24 +256,23 @@ class Columns(Generic[State]):
             )
 
     def _keep_direction(self, state: State, j: int, i: int) -> None:
+        if self.status[i] != "indefinite":
+            return
         if self.directions is None:
             self.directions = torch.zeros_like(self.X)
         p = state.directions[:, j : j + 1]
         self.directions[:, i : i + 1] = p / self.problem.A.norms(p).to(p.dtype)
         self.curvatures[i] = state.curvatures[j]
 
-    def result(self, seconds: float) -> SolveResult:
-        """What was found; warns of columns that did not converge."""
+    def result(self, *, strict: bool) -> SolveResult:
+        """What was found; warns of columns that did not converge, or raises."""
         problem = self.problem
         relative = torch.where(self.sizes > 0, self.residuals / self.sizes, 0.0)
         converged = torch.tensor([status == "converged" for status in self.status])
-        warnings: tuple[str, ...] = ()
-        if not converged.all():
-            warnings = (_advice(self.status, relative, problem),)
-            warn_caller(warnings[0], NotConvergedWarning)
-        return SolveResult(
-            self.X.reshape(problem.shape),
-            self.residuals,
+        warnings = () if converged.all() else (_advice(self.status, relative, problem),)
+        result = SolveResult(
+            (self.X * problem.units.to(self.X)).reshape(problem.shape),
+            self.residuals * problem.units,
             relative,
             converged,
             self.iterations,
@@ -230,63 +284,22 @@ class Columns(Generic[State]):
             self.method.name,
             problem.A.matvecs,
             self.X.dtype,
-            seconds,
+            problem.A.seconds,
             warnings,
         )
-
-
-class LateLook:
-    """Flags of the device, read one step late, so that the host never waits for a product."""
-
-    def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def __call__(self, flags: Tensor) -> Tensor:
-        """These flags if they are on the CPU; else those of the call before, none at first."""
-        if not flags.is_cuda:
-            return flags
-        previous = self._pending
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending = (host, event)
-        if previous is None:
-            return torch.zeros(flags.shape, dtype=torch.bool)
-        previous[1].synchronize()
-        return previous[0]
-
-
-def within(mask: Tensor, part: Tensor) -> Tensor:
-    """A mask whose true entries are replaced by those of another, shorter one."""
-    whole = mask.clone()
-    whole[mask] = part
-    return whole
-
-
-def taken(state: State, columns: Tensor) -> State:
-    """The state of these columns, a mask, alone."""
-    index = columns.nonzero()[:, 0].to(state.X.device)
-    pieces = {name: t.index_select(-1, index) for name, t in _tensors(state)}
-    return dataclasses.replace(state, **pieces)
-
-
-def replaced(state: State, columns: Tensor, fresh: State) -> State:
-    """The state with these columns, a mask, taken from another."""
-    index = columns.nonzero()[:, 0].to(state.X.device)
-    others = dict(_tensors(fresh))
-    pieces = {name: t.index_copy(-1, index, others[name]) for name, t in _tensors(state)}
-    return dataclasses.replace(state, **pieces)
-
-
-def _tensors(state: Iterate) -> list[tuple[str, Tensor]]:
-    return [(field.name, getattr(state, field.name)) for field in dataclasses.fields(state)]
+        if warnings and strict:
+            raise NotConvergedError(warnings[0], result)
+        for warning in warnings:
+            warn_caller(warning, NotConvergedWarning)
+        return result
 
 
 _ADVICE: dict[Status, str] = {
     "stagnated": "Rounding forbids more: raise rtol or damping, or use a finer dtype",
     "indefinite": 'the matrix is not positive definite: raise damping, or use method="minres"',
     "singular": "The vector b is not in the range of the matrix: raise damping",
+    "interrupted": "It was interrupted: the columns hold what there was",
+    "maxseconds": "Raise max_seconds, or pass a preconditioner",
     "max_iter": "Raise max_iter or damping, or pass a preconditioner",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.node_values import ScalarFunction, values_at
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
-from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal
+from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal, tridiagonals
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
 _BETWEEN_LOOKS = 5  # steps: the error of step m − 5 is estimated by what the last five changed
+_PLATEAU = 0.95  # no slower convergence is extrapolated
 _ROUNDING = 4  # roundoffs of ‖x‖, below which no change can be seen
 
 
@@ -59,6 +60,8 @@ def apply_function(
     *,
     rtol: float | None = None,
     keep_basis: bool = True,
+    max_seconds: float = math.inf,
+    progress: bool = False,
 ) -> FunctionResult:
     """``f(A) b`` for a vector (n,) or every column of a block (n, k).
 
@@ -66,58 +69,100 @@ def apply_function(
     ``lambda t: t.abs().sqrt()``. It must be smooth on the whole interval of the spectrum for few
     steps to do. Stops when five steps change the result by less than ``rtol`` (√eps of the
     operator's dtype) of its norm, at the latest after ``steps``. This is an estimate of the error
-    five steps before, usually a cautious one, and not a bound: a plateau deceives it.
+    five steps before, extrapolated where convergence is slow, and not a bound: a plateau deceives
+    it. What rounding of eigenvalues does to f is added.
 
     Costs ``steps`` products of width k and memory for ``steps`` blocks; ``keep_basis=False`` needs
-    three blocks and multiplies twice, for a second pass over the same vectors.
+    three blocks and multiplies twice, for a second pass over the same vectors. Ctrl-C, or the end
+    of ``max_seconds``, in the first pass returns what its steps give, with a warning. ``progress``
+    shows a bar, on a terminal.
 
     Raises:
         OptionError: no step allowed, or a negative tolerance.
         VectorError: b is no vector of this space, or f does not act entrywise.
         NonFiniteError: f is not finite at a Ritz value, or products are not.
+        MemoryEstimateError: memory ran out.
 
     Source: Saad, SIAM J. Numer. Anal. 29 (1992); without reorthogonalisation: Musco, Musco and
     Sidford, SODA 2018.
     """
-    start = time.perf_counter()
-    A = Products(op)
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     if steps < 1 or not rtol >= 0:
         raise OptionError(
             f"expected steps to be at least 1 and rtol not negative, got steps={steps} and "
             f"rtol={rtol}; leave them out for 100 and √eps"
         )
-    B = right_hand_sides(A, b)
-    norms = A.norms(B)
-    V = B / norms.where(norms > 0, 1.0).to(B.dtype)
-    recurrence = ThreeTermRecurrence(A, V)
-    basis: list[Tensor] = []
     last = min(steps, op.size)
-    for step in range(1, last + 1):
-        v = recurrence.advance()
-        if keep_basis:
-            basis.append(v)
-        if step % _BETWEEN_LOOKS == 0 or step == last:
-            coefficients, changes = _coefficients(recurrence.tridiagonals(), f, step, A.noise)
-            sizes = norms.cpu() * torch.linalg.vector_norm(coefficients, dim=0)
-            errors = norms.cpu() * torch.linalg.vector_norm(changes, dim=0)
-            errors += _ROUNDING * torch.finfo(op.dtype).eps * sizes
-            converged = errors <= rtol * sizes
-            if converged.all():
-                break
-    vectors = iter(basis) if keep_basis else _again(A, V)
-    X = torch.zeros_like(B)
-    for v, c in zip(islice(vectors, step), coefficients.to(B.device), strict=True):
-        X.addcmul_(v, (norms * c).to(B.dtype))
-    warnings = (
-        ()
-        if converged.all()
-        else (f"{int((~converged).sum())} columns not converged after {step} steps; raise steps",)
-    )
-    seconds = time.perf_counter() - start
-    return FunctionResult(
-        X.reshape(b.shape), errors, converged, rtol, step, A.matvecs, X.dtype, seconds, warnings
-    )
+    with run_of_products(
+        op, total=b[:1].numel() * last, max_seconds=max_seconds, progress=progress
+    ) as A:
+        B, units = right_hand_sides(A, b)
+        norms = A.norms(B)
+        V = B / norms.where(norms > 0, 1.0).to(B.dtype)
+        lanczos = _FirstPass(A, V, f, rtol, keep_basis)
+        ended = lanczos.run(last)
+        C, errors, converged = lanczos.look()
+        vectors = iter(lanczos.basis) if keep_basis else _again(A, V)
+        X = torch.zeros_like(B)
+        for v, c in zip(islice(vectors, len(C)), C.to(B.device), strict=True):
+            X.addcmul_(v, (norms * c).to(B.dtype))
+        return FunctionResult(
+            (X * units.to(X)).reshape(b.shape),
+            errors * norms.cpu() * units,
+            converged,
+            rtol,
+            len(C),
+            A.matvecs,
+            X.dtype,
+            A.seconds,
+            _warnings(ended, converged, len(C)),
+        )
+
+
+class _FirstPass:
+    """Lanczos from the columns of V, and what its coefficients say of ``f(A) V``."""
+
+    def __init__(
+        self, A: Products, V: Tensor, f: ScalarFunction, rtol: float, keep_basis: bool
+    ) -> None:
+        self.A, self.f, self.rtol, self.keep_basis = A, f, rtol, keep_basis
+        self.recurrence = ThreeTermRecurrence(A, V)
+        self.basis: list[Tensor] = []
+
+    def run(self, last: int) -> str:
+        """Until all columns converged; the word for what ended it before, or none."""
+        try:
+            for step in range(1, last + 1):
+                v = self.recurrence.advance()
+                if self.keep_basis:
+                    self.basis.append(v)
+                if step % _BETWEEN_LOOKS == 0 and self.look()[2].all():
+                    return ""
+                if self.A.late and step < last:
+                    return "out of time"
+        except KeyboardInterrupt:
+            if not self._steps:
+                raise
+            return "interrupted"
+        return ""
+
+    @property
+    def _steps(self) -> int:
+        return len(self.basis) if self.keep_basis else self.recurrence.steps
+
+    def look(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``f(T) e₁`` of every column (steps, k), estimated errors, and which are converged."""
+        alphas, betas = self.recurrence.coefficients()
+        Ts = tridiagonals((alphas[: self._steps], betas[: self._steps]))
+        C = torch.zeros(self._steps, len(Ts), dtype=torch.float64)
+        errors = torch.zeros(len(Ts), dtype=torch.float64)
+        for i, T in enumerate(Ts):
+            C[: T.steps, i] = _first_column(self.f, T, self.A.noise)
+            errors[i] = _change(self.f, T, C[:, i], self.A.noise)
+            errors[i] += _rounding(self.f, T, torch.finfo(self.A.operator.dtype).eps, self.A.noise)
+        sizes = torch.linalg.vector_norm(C, dim=0)
+        errors = errors.where(sizes > 0, 0.0)
+        return C, errors, errors <= self.rtol * sizes
 
 
 def _again(A: Products, V: Tensor) -> Iterator[Tensor]:
@@ -127,24 +172,51 @@ def _again(A: Products, V: Tensor) -> Iterator[Tensor]:
         yield recurrence.advance()
 
 
-def _coefficients(
-    tridiagonals: list[Tridiagonal], f: ScalarFunction, steps: int, noise: float
-) -> tuple[Tensor, Tensor]:
-    """``f(T) e₁`` of every column, (steps, k), and how the last few steps changed it.
-
-    Entries after an exhausted Krylov space are zero, and so is the change: the result is exact.
-    """
-    columns = torch.zeros(steps, len(tridiagonals), dtype=torch.float64)
-    changes = torch.zeros_like(columns)
-    for column, change, T in zip(columns.mT, changes.mT, tridiagonals, strict=True):
-        column[: T.steps] = _first_column(f, T, noise)
-        if not T.exhausted:
-            change.copy_(column)
-            earlier = T.leading(max(T.steps - _BETWEEN_LOOKS, T.steps // 2, 1))
-            change[: earlier.steps] -= _first_column(f, earlier, noise)
-    return columns, changes
-
-
 def _first_column(f: ScalarFunction, T: Tridiagonal, noise: float) -> Tensor:
     first_column: Tensor = T.Y @ (values_at(f, T.nodes, noise) * T.Y[0])
     return first_column
+
+
+def _change(f: ScalarFunction, T: Tridiagonal, column: Tensor, noise: float) -> Tensor:
+    """What five steps changed, or what the rate of the last third leaves to change, if more.
+
+    Nothing where the Krylov space is exhausted.
+    """
+    if T.exhausted:
+        return column.new_zeros(())
+    five, rate = _changes(f, T, column, _BETWEEN_LOOKS, noise)
+    third, rate_of_third = _changes(f, T, column, T.steps // 3, noise)
+    later = torch.maximum(five * rate / (1 - rate), third * rate_of_third / (1 - rate_of_third))
+    return torch.maximum(five, later)
+
+
+def _changes(
+    f: ScalarFunction, T: Tridiagonal, column: Tensor, lag: int, noise: float
+) -> tuple[Tensor, Tensor]:
+    """What as many steps changed, and its ratio to what as many steps before changed."""
+    lag = min(lag, max(1, (T.steps - 1) // 2)) or 1
+    columns = torch.zeros(3, len(column), dtype=torch.float64)
+    columns[0, : T.steps] = column[: T.steps]
+    for i, steps in ((1, T.steps - lag), (2, T.steps - 2 * lag)):
+        if steps > 0:
+            columns[i, :steps] = _first_column(f, T.leading(steps), noise)
+    change, before = torch.linalg.vector_norm(columns.diff(dim=0), dim=1)
+    return change, (change / before).nan_to_num(0.0).clamp_max(_PLATEAU)
+
+
+def _rounding(f: ScalarFunction, T: Tridiagonal, eps: float, noise: float) -> Tensor:
+    """What a few roundoffs change: of the result, and of eigenvalues, which f may amplify."""
+    values = values_at(f, T.nodes, noise)
+    shift = _ROUNDING * eps * T.nodes.abs().max()
+    moved = values_at(f, T.nodes + shift, noise) - values
+    norms: Tensor = torch.linalg.vector_norm(
+        torch.stack([_ROUNDING * eps * values, moved]) * T.Y[0]
+    )
+    return norms
+
+
+def _warnings(ended: str, converged: Tensor, steps: int) -> tuple[str, ...]:
+    if converged.all():
+        return ()
+    missing = f"{int((~converged).sum())} columns not converged after {steps} steps"
+    return (f"{ended}: {missing}" if ended else f"{missing}; raise steps",)

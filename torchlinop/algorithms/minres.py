@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.linear_system import Iterate, Method, System, run, system
+from torchlinop.algorithms.iterates import Iterate, Method
+from torchlinop.algorithms.linear_system import SolveOptions, System, solve_by
 from torchlinop.algorithms.solve_result import SolveResult
 from torchlinop.operators.base import CurvatureOperator
 
-_FLAT = 10  # roundoffs of ‖A‖: a residual that A makes so small is orthogonal to the range of A
+_STUCK = 10  # roundoffs of ‖A‖: a pivot so small is zero
+_FLAT = 10  # √roundoffs of ‖A‖ ‖r‖: ‖A r‖ comes no nearer to 0 by this recurrence, and x explodes
+_RISING = 100  # times its least: ‖A r‖ was smallest, and rounding has taken over
 
 
 @dataclass(frozen=True)
@@ -30,51 +34,39 @@ class _State(Iterate):
     cosine: Tensor  # (k,)
     sine: Tensor  # (k,)
     phi: Tensor  # (k,) the residual in the norm of M
-    scale: Tensor  # (k,) a bound below ‖A‖
-    flattest: Tensor  # (k,) the least ‖A r‖ / (‖A‖ ‖r‖) so far
 
 
-def minres(
-    op: CurvatureOperator,
-    b: Tensor,
-    *,
-    damping: float = 0.0,
-    preconditioner: CurvatureOperator | None = None,
-    rtol: float | None = None,
-    max_iter: int | None = None,
-) -> SolveResult:
+def minres(op: CurvatureOperator, b: Tensor, **options: Unpack[SolveOptions]) -> SolveResult:
     """Solve ``(A + damping I) x = b`` for any symmetric matrix and one or many b.
 
     As `conjugate_gradient`, but A may be indefinite, and the residual never grows. If b is not in
-    the range of a singular A, x tends to a least squares solution, with status ``"singular"``.
-    Memory for eight blocks besides b.
-
-    Raises:
-        VectorError: b or the preconditioner is not of this space.
-        OptionError: no such tolerance; the preconditioner is not positive definite.
-        NonFiniteError: b or products hold NaN or infinity.
+    the range of a singular A, x is about a solution of least squares and the status
+    ``"singular"``; the shortest one, where rounding allows and there is no preconditioner.
+    Eigenvalues below 10 √eps ``‖A‖`` may count as zero then. Memory for ten blocks besides b.
+    ``options`` and errors: those of `solve`.
 
     Source: Paige and Saunders, SIAM J. Numer. Anal. 12 (1975).
     """
-    problem = system(op, b, damping, preconditioner, rtol, max_iter)
-    return run(problem, minres_method(problem))
+    return solve_by(minres_method, op, b, **options)
 
 
 def minres_method(problem: System) -> Method[_State]:
     """MINRES for this problem."""
     A, precondition = problem.A, problem.precondition
     eps = torch.finfo(A.operator.dtype).eps
+    flat = min(_FLAT * eps**0.5, 0.01)
 
-    def start(X: Tensor, R: Tensor, targets: Tensor) -> _State:
+    def start(X: Tensor, R: Tensor, targets: Tensor, scale: Tensor) -> _State:
         V = precondition(R)
         norms, square = A.norms(R), A.dots(R, V)
         fails = (norms > 0) & (square <= 0)
         beta = square.clamp_min(0).sqrt()
         zero, one = torch.zeros_like(beta), torch.ones_like(beta)
         Z = torch.zeros_like(R)
+        infinite = torch.full_like(zero, torch.inf)
         return _State(
-            X, norms, targets, fails, torch.zeros_like(fails), fails, zero, Z,
-            R, Z, R, V, Z, one, beta, zero, zero, -one, zero, beta, zero, one,
+            X, norms, targets, fails, torch.zeros_like(fails), X.clone(), infinite, scale, fails,
+            zero, Z, R, Z, R, V, Z, one, beta, zero, zero, -one, zero, beta,
         )  # fmt: skip
 
     def step(s: _State) -> _State:
@@ -92,12 +84,12 @@ def minres_method(problem: System) -> Method[_State]:
         corner = s.sine * s.d - s.cosine * alpha
         d_next, e_next = -s.cosine * beta, s.sine * beta
         gamma = torch.hypot(corner, beta)
-        # ‖A r‖ = φ √(corner² + d²): small against ‖A‖ ‖r‖ where r is orthogonal to the range.
+        # ‖A r‖ = φ √(corner² + d²), of the residual r of the x before this step.
         flatness = torch.hypot(corner, d_next) * _inverse(scale)
-        stuck = (s.phi > 0) & (torch.minimum(flatness, gamma * _inverse(scale)) <= _FLAT * eps)
-        # About a least squares solution, the recurrence can come no nearer than √eps of ‖A‖ ‖r‖,
-        # and x explodes thereafter: keep it while it improves by halves.
-        noteworthy = (flatness < eps**0.5) & (flatness < s.flattest / 2)
+        torch.where(flatness < s.flatness, s.X, s.fallback, out=s.fallback)
+        flattest = torch.minimum(flatness, s.flatness)
+        doubtful = (flattest <= flat) & (flatness > _RISING * flattest)
+        stuck = (s.phi > 0) & (torch.minimum(flatness, gamma * _inverse(scale)) <= _STUCK * eps)
         cosine, sine = corner * _inverse(gamma), beta * _inverse(gamma)
         tau = (cosine * s.phi).where(~stuck, 0.0)
         phi = torch.where(stuck, s.phi, sine * s.phi)
@@ -108,12 +100,11 @@ def minres_method(problem: System) -> Method[_State]:
         R.addcmul_(U, (phi * cosine * _inverse(beta)).where(~stuck, 0.0).to(U.dtype), value=-1)
         fails = s.preconditioner_fails | (square < -eps * scale**2)
         return _State(
-            X, A.norms(R), s.targets, stuck | fails, noteworthy, fails, alpha, W,
-            R, s.U, U, V, s.directions, s.beta, beta, d_next, e_next, cosine, sine, phi, scale,
-            torch.minimum(flatness, s.flattest),
+            X, A.norms(R), s.targets, stuck | fails, doubtful, s.fallback, flattest, scale, fails,
+            alpha, W, R, s.U, U, V, s.directions, s.beta, beta, d_next, e_next, cosine, sine, phi,
         )  # fmt: skip
 
-    return Method("minres", start, step, "singular", monotone=True)
+    return Method("minres", start, step, "stagnated", monotone=True, flat=flat)
 
 
 def _inverse(x: Tensor) -> Tensor:

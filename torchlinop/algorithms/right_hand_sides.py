@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.basis import small_dtype
 from torchlinop.algorithms.products import Products
 from torchlinop.errors import NonFiniteError, VectorError
 
 
-def right_hand_sides(A: Products, b: Tensor) -> Tensor:
-    """A block (n, k) in working precision of a vector (n,) or block.
+def right_hand_sides(A: Products, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A block (n, k) in working precision of a vector (n,) or block, and its units (k,).
+
+    Columns are divided by these powers of two, to norms between 1 and 2 (or 0), so that squares
+    of small or large numbers neither vanish nor overflow in float32.
 
     Raises:
         VectorError: wrong shape, dtype or device; NonFiniteError: NaN or infinite entries.
@@ -27,6 +31,8 @@ def right_hand_sides(A: Products, b: Tensor) -> Tensor:
             f"pass b.to({space.dtype}, device={str(space.device)!r})"
         )
     B = b.detach().reshape(n, -1).to(A.dtype)
-    if not torch.isfinite(A.norms(B)).all():
+    norms = space.norm(B.to(small_dtype(B.dtype)))
+    if not torch.isfinite(norms).all():
         raise NonFiniteError("b has NaN or infinite entries; clean it before the solve")
-    return B
+    units = 2.0 ** torch.where(norms > 0, norms.log2().floor(), 0.0).cpu()
+    return (B.to(small_dtype(B.dtype)) / units.to(B.device)).to(B.dtype), units

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
+from torchlinop.algorithms.linear_system import SolveOptions, StopOptions
 from torchlinop.algorithms.minres import minres
 from torchlinop.algorithms.solve_result import SolveResult
 from torchlinop.errors import OptionError
@@ -28,22 +30,41 @@ def solve(
     *,
     rtol: float | None = None,
     max_iter: int | None = None,
+    max_seconds: float = math.inf,
+    progress: bool = False,
+    strict: bool = False,
 ) -> SolveResult:
     """Solve ``(A + damping I) x = b`` for a vector (n,) or the columns of a block (n, k).
 
     ``"auto"`` is `minres`: it takes any symmetric matrix. ``"cg"`` is `conjugate_gradient`, for
     positive definite ones: half the memory, and it returns a direction of negative curvature if it
-    meets one. ``preconditioner`` is an operator about the inverse, as of K-FAC. Residuals in the
-    result are true ones; a warning says which columns did not reach ``rtol ‖b‖``.
+    meets one. Residuals in the result are true ones; a warning says which columns did not reach
+    ``rtol ‖b‖``, and why. Ctrl-C returns what there is, after one product to judge it.
+
+    - ``preconditioner``: an operator about ``(A + damping I)⁻¹``, positive definite.
+    - ``rtol``: residuals are to be at most ``rtol ‖b‖``; None for √eps of the operator's dtype.
+    - ``max_iter``: iterations; None for 1000.
+    - ``max_seconds``: return what there is after this time, with status ``"maxseconds"``.
+    - ``progress``: show a bar that counts products, on a terminal.
+    - ``strict``: raise NotConvergedError, which carries the result, in place of a warning.
 
     Raises:
         OptionError: unknown method, no such tolerance, or an indefinite preconditioner.
         VectorError: b or the preconditioner is not of this space.
-        NonFiniteError: b or products hold NaN or infinity.
+        NonFiniteError: b or products hold NaN or infinity; MemoryEstimateError: memory ran out.
+        NotConvergedError: by strict=True, where others warn.
     """
     algorithm = _METHODS[_checked(method)]
     return algorithm(
-        op, b, damping=damping, preconditioner=preconditioner, rtol=rtol, max_iter=max_iter
+        op,
+        b,
+        damping=damping,
+        preconditioner=preconditioner,
+        rtol=rtol,
+        max_iter=max_iter,
+        max_seconds=max_seconds,
+        progress=progress,
+        strict=strict,
     )
 
 
@@ -52,57 +73,33 @@ def inverse(
     damping: float = 0.0,
     preconditioner: CurvatureOperator | None = None,
     method: SolveMethod = "auto",
-    *,
-    rtol: float | None = None,
-    max_iter: int | None = None,
+    **options: Unpack[StopOptions],
 ) -> InverseOperator:
     """``(A + damping I)⁻¹`` as an operator, whose every product is a `solve`.
 
-    It is symmetric and linear up to ``rtol`` times the condition number.
+    It is symmetric and linear up to ``rtol`` times the condition number. Where a solve does not
+    converge, it warns with the residual, or with ``strict=True`` raises NotConvergedError.
+    ``options`` are those of `solve`: rtol, max_iter, max_seconds, progress and strict.
     """
-    return InverseOperator(
-        op,
-        damping=damping,
-        preconditioner=preconditioner,
-        method=_checked(method),
-        rtol=rtol,
-        max_iter=max_iter,
-    )
+    whole: SolveOptions = {"damping": damping, "preconditioner": preconditioner, **options}
+    return InverseOperator(op, _checked(method), whole)
 
 
 class InverseOperator(CurvatureOperator):
-    """``(A + damping I)⁻¹``. Warns where a solve does not converge."""
+    """``(A + damping I)⁻¹``. Warns where a solve does not converge, or raises."""
 
     def __init__(
-        self,
-        operator: CurvatureOperator,
-        *,
-        damping: float,
-        preconditioner: CurvatureOperator | None,
-        method: SolveMethod,
-        rtol: float | None,
-        max_iter: int | None,
+        self, operator: CurvatureOperator, method: SolveMethod, options: SolveOptions
     ) -> None:
+        damping = options.get("damping", 0.0)
         description = f"inverse of {type(operator).__name__} + {damping:g} I by {method}"
         super().__init__(operator.space, layout=operator.layout, description=[description])
         self.operator = operator
-        self.damping = damping
-        self.preconditioner = preconditioner
         self.method: SolveMethod = method
-        self.rtol = rtol
-        self.max_iter = max_iter
+        self.options = options
 
     def _matmat(self, V: Tensor) -> Tensor:
-        result = solve(
-            self.operator,
-            V,
-            self.damping,
-            self.preconditioner,
-            self.method,
-            rtol=self.rtol,
-            max_iter=self.max_iter,
-        )
-        return result.x.to(self.dtype)
+        return _METHODS[self.method](self.operator, V, **self.options).x.to(self.dtype)
 
 
 def _checked(method: SolveMethod) -> SolveMethod:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from torchlinop.algorithms.result import Result
 
-Status = Literal["converged", "stagnated", "indefinite", "singular", "max_iter"]
+Status = Literal[
+    "converged", "stagnated", "indefinite", "singular", "max_iter", "maxseconds", "interrupted"
+]
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class SolveResult(Result):
 
     Status: ``"converged"``; ``"stagnated"``: rounding or noise of the products forbid to go on;
     ``"indefinite"``: conjugate gradients met a direction of curvature ≤ 0 (within rounding), in
-    ``directions``; ``"singular"``: b is not in the range of the matrix, and x is about a least
-    squares solution; ``"max_iter"``.
+    ``directions``; ``"singular"``: the residual is orthogonal to the range of the matrix, up to
+    10 √eps ``‖A‖ ‖r‖``, so that x is about a solution of least squares; ``"max_iter"``,
+    ``"maxseconds"`` and ``"interrupted"`` (by Ctrl-C): it was stopped.
     """
 
     _columns = ("residual_norms", "relative_residuals", "converged", "iterations")

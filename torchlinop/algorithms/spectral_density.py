@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.atoms import Atoms
-from torchlinop.algorithms.quadrature import (
-    Bandwidth,
-    Estimate,
-    Interval,
-    Quadrature,
-    refuse_bandwidth,
-    slq,
-)
+from torchlinop.algorithms.estimates import Estimate, Interval
+from torchlinop.algorithms.quadrature import LongRun, slq
+from torchlinop.algorithms.quadrature_result import Quadrature
+from torchlinop.algorithms.smoothing import Bandwidth, refuse_bandwidth
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -136,14 +132,14 @@ def spectral_density(  # noqa: PLR0917  # in the order that callers know
     num_grid_points: int = 10_000,
     sigma: Bandwidth = None,
     seed: int = 0,
-    *,
-    probes_at_once: int | None = None,
+    **options: Unpack[LongRun],
 ) -> SpectralDensity:
     """The density of eigenvalues, by stochastic Lanczos quadrature.
 
     ``sigma=None`` takes the range of the bulk over ``lanczos_steps``, so that a few large
     eigenvalues do not smear the rest; ``sigma="range/m"`` the range of all. Costs ``num_runs
     lanczos_steps`` products and memory for three blocks of ``probes_at_once`` (all) columns.
+    ``options`` are those of `slq`: probes_at_once, max_seconds, progress and checkpoint.
 
     Raises:
         OptionError: fewer than one probe or step, or two grid points; no such bandwidth.
@@ -151,7 +147,7 @@ def spectral_density(  # noqa: PLR0917  # in the order that callers know
     if num_grid_points < 2:
         raise OptionError(f"expected two grid points or more, got {num_grid_points}; leave it out")
     refuse_bandwidth(sigma)
-    quadrature = slq(op, num_runs, lanczos_steps, seed=seed, probes_at_once=probes_at_once)
+    quadrature = slq(op, num_runs, lanczos_steps, seed=seed, **options)
     return smoothed(quadrature, num_grid_points, sigma)
 
 

@@ -7,60 +7,106 @@ as accurate as with orthogonal vectors (Greenbaum 1989; Knizhnerman 1996).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.products import Products
 
 
-class ThreeTermRecurrence:
-    """Lanczos' recurrence from every column of V (n, k) at once; columns of norm one, or zero."""
+@dataclass(frozen=True)
+class Stage:
+    """Where a recurrence is: all that its next step depends on, and the coefficients so far."""
 
-    def __init__(self, A: Products, V: Tensor) -> None:
+    V: Tensor  # (n, k) the next vectors v_j
+    previous: Tensor  # (n, k) v_{j-1}
+    scale: Tensor  # () a bound below ‖A‖
+    alphas: tuple[Tensor, ...]  # (k,) each, float64
+    betas: tuple[Tensor, ...]  # (k,) each, one for every alpha
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As real tensors for a file; vectors are rows, as they are in memory."""
+        return {
+            "V": _real(self.V.mT),
+            "previous": _real(self.previous.mT),
+            "scale": self.scale,
+            "alphas": torch.stack(self.alphas),
+            "betas": torch.stack(self.betas),
+        }
+
+    @classmethod
+    def of_tensors(cls, saved: Mapping[str, Tensor], like: Products) -> Stage:
+        """The same again, bit by bit."""
+        device, dtype = like.operator.device, like.dtype
+        # Cloned, as tensors of a file begin at any byte, which sums by vector units depend on.
+        t = {name: tensor.to(device).clone() for name, tensor in saved.items()}
+        V, previous = (t[name].view(dtype).flatten(1).mT for name in ("V", "previous"))
+        return cls(V, previous, t["scale"], t["alphas"].unbind(), t["betas"].unbind())
+
+
+class ThreeTermRecurrence:
+    """Lanczos' recurrence from every column of V (n, k) at once; columns of norm one, or zero.
+
+    A step replaces its stage at once: whatever interrupts it leaves the stage before.
+    """
+
+    def __init__(self, A: Products, start: Tensor | Stage) -> None:
         self.A = A
-        self._V = V
-        self._previous = torch.zeros_like(V)
-        self._alphas: list[Tensor] = []
-        self._betas = [torch.zeros(V.shape[1], dtype=torch.float64, device=V.device)]
-        self._scale = torch.zeros((), dtype=torch.float64, device=V.device)  # a bound below ‖A‖
+        self.stage = start if isinstance(start, Stage) else _first_stage(start)
 
     def advance(self) -> Tensor:
         """The Lanczos vectors v_j (n, k), after finding α_j and β_j by one product.
 
         A column whose Krylov space is exhausted goes on as zero.
         """
-        A, V = self.A, self._V
-        W = A(V)
-        W.addcmul_(self._previous, self._betas[-1].to(W.dtype), value=-1)
-        alpha = A.dots(V, W)
-        W.addcmul_(V, alpha.to(W.dtype), value=-1)
+        A, s = self.A, self.stage
+        W = A.columns(s.V)
+        if s.betas:
+            W.addcmul_(s.previous, s.betas[-1].to(W.dtype), value=-1)
+        alpha = A.dots(s.V, W)
+        W.addcmul_(s.V, alpha.to(W.dtype), value=-1)
         beta = A.norms(W)
-        self._scale = torch.maximum(self._scale, (alpha.abs() + beta).max())
+        scale = torch.maximum(s.scale, (alpha.abs() + beta).max())
         # An invariant subspace is found when β is rounding: dividing by it would give a random
         # vector the weight of a direction. ``~(≤)`` lets NaN go on, to be found at the end.
-        alive = ~(beta <= A.noise * self._scale)
+        alive = ~(beta <= A.noise * scale)
         beta = beta.where(alive, 0.0)
         W.mul_(torch.where(alive, 1 / beta, 0.0).to(W.dtype))
-        self._previous, self._V = V, W
-        self._betas.append(beta)
-        self._alphas.append(alpha)
-        return V
+        self.stage = Stage(W, s.V, scale, (*s.alphas, alpha), (*s.betas, beta))
+        return s.V
 
     @property
     def steps(self) -> int:
         """How many were taken."""
-        return len(self._alphas)
+        return len(self.stage.alphas)
 
-    def tridiagonals(self) -> list[Tridiagonal]:
-        """The matrix T of every column, on the CPU. Waits for the device.
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """All α and all β (steps, k), on the CPU. Waits for the device.
 
         Raises:
             NonFiniteError: a product was NaN or infinite.
         """
-        alphas = torch.stack(self._alphas).cpu()
-        betas = torch.stack(self._betas[1 : self.steps + 1]).cpu()
+        alphas = torch.stack(self.stage.alphas).cpu()
+        betas = torch.stack(self.stage.betas).cpu()
         self.A.refuse_non_finite(alphas, betas)
-        return [Tridiagonal(a, b) for a, b in zip(alphas.mT, betas.mT, strict=True)]
+        return alphas, betas
+
+
+def _first_stage(V: Tensor) -> Stage:
+    V = V.mT.contiguous().mT  # as products come, so that a resumed run has the same strides
+    zero = torch.zeros((), dtype=torch.float64, device=V.device)
+    return Stage(V, V, zero, (), ())
+
+
+def _real(rows: Tensor) -> Tensor:
+    return torch.view_as_real(rows) if rows.is_complex() else rows
+
+
+def tridiagonals(coefficients: tuple[Tensor, Tensor]) -> list[Tridiagonal]:
+    """The matrix T of every column."""
+    return [Tridiagonal(a, b) for a, b in zip(*(t.mT for t in coefficients), strict=True)]
 
 
 class Tridiagonal:

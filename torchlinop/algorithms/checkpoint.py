@@ -1,0 +1,83 @@
+"""The state of a long run in a file that is always whole, and belongs to one problem."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlinop.algorithms.result import optional
+from torchlinop.errors import OptionError
+from torchlinop.tensor_file import read, write
+
+_KIND = "checkpoint"
+
+
+class Checkpoint:
+    """A file for the state of one run: tensors, and numbers and strings as JSON has them.
+
+    ``fingerprint`` says of which problem the state is (n, dtype, seed, ...): whatever a run must
+    agree in to continue bit by bit. Dtypes and devices are written as strings.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.fingerprint = json.loads(json.dumps(dict(fingerprint), default=str))
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors, on the CPU, and the numbers; None where there is no file yet.
+
+        Call it before the first product: what would keep ``save`` from writing is refused here.
+
+        Raises:
+            OptionError: the file is of another problem, or none of ours; it could not be written,
+                for want of its directory or of the package safetensors.
+        """
+        optional("safetensors.torch")
+        if not self.path.parent.is_dir():
+            raise OptionError(
+                f"expected checkpoint to be a file in a directory that exists, got {self.path}; "
+                f"make {self.path.parent} first"
+            )
+        if not self.path.exists():
+            return None
+        tensors, header = read(self.path, "cpu")
+        self._refuse_another(header)
+        for name in header["complex"]:  # numbers in the file are aligned to 8 bytes, not to 16
+            tensors[name] = torch.view_as_complex(tensors[name].clone())
+        return tensors, header["numbers"]
+
+    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Replace the file, at once: an interruption leaves the old state or the new one."""
+        # Not every version of safetensors has complex numbers.
+        pairs = {name: torch.view_as_real(t) for name, t in tensors.items() if t.is_complex()}
+        header = {"kind": _KIND, "of": self.fingerprint, "complex": [*pairs]}
+        part = self.path.with_name(f"{self.path.name}.part")
+        try:
+            write(part, {**tensors, **pairs}, header | {"numbers": dict(numbers)})
+            os.replace(part, self.path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _refuse_another(self, header: Mapping[str, Any]) -> None:
+        if header.get("kind") != _KIND:
+            raise OptionError(
+                f"expected a checkpoint in {self.path}, got another file of torchlinop; "
+                "pass the path of a checkpoint, or of no file"
+            )
+        theirs, ours = header["of"], self.fingerprint
+        different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if different:
+            raise OptionError(
+                f"checkpoint {self.path} is of {_listed(theirs, different)}, expected "
+                f"{_listed(ours, different)}; pass another path, or delete the file"
+            )
+
+
+def _listed(fingerprint: Mapping[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={fingerprint.get(name)}" for name in names)
