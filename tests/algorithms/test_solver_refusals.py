@@ -1,0 +1,220 @@
+"""What cannot be answered is refused: bad options before any product, bad products by name."""
+
+import functools
+
+import pytest
+import torch
+
+from torchlinop import (
+    CountingOperator,
+    LambdaOperator,
+    MatrixOperator,
+    apply_function,
+    condition_number,
+    conjugate_gradient,
+    deflated_power_iteration,
+    diagonal,
+    extremal_eigenvalues,
+    inverse,
+    lanczos,
+    lanczos_algorithm,
+    lanczos_tridiagonal,
+    lobpcg,
+    logdet,
+    minres,
+    norm,
+    nystrom,
+    power_iteration_one,
+    randomized_eigh,
+    slq,
+    solve,
+    spectral_density,
+    trace,
+)
+from torchlinop.algorithms import eigen_request
+from torchlinop.errors import (
+    MemoryEstimateError,
+    NonFiniteError,
+    NotConvergedWarning,
+    OptionError,
+    SymmetryError,
+    VectorError,
+)
+from torchlinop.testing import spectra
+from torchlinop.testing.gallery import with_spectrum
+
+N = 60
+A = with_spectrum(1 + 9 * spectra.exponential(N, 0.8))[0]
+b = torch.ones(N, dtype=A.dtype)
+
+
+def call(algorithm, *arguments, **options):
+    return functools.partial(lambda op: algorithm(op, *arguments, **options))
+
+
+EIGENSOLVERS = {
+    "lanczos": call(lanczos, 3),
+    "lanczos, blocks": call(lanczos, 3, block_size=3),
+    "lobpcg": call(lobpcg, 3),
+    "power": call(power_iteration_one),
+    "deflated power": call(deflated_power_iteration, 2),
+    "randomized": call(randomized_eigh, 3),
+    "spectrum": call(lanczos_algorithm),
+}
+LEAVE_ONE_OUT = {
+    "xtrace": call(trace, 24, method="xtrace"),
+    "xnystrace": call(trace, 24, method="xnystrace"),
+    "xdiag": call(diagonal, 24),
+}
+SOLVERS = {
+    "cg": call(conjugate_gradient, b),
+    "minres": call(minres, b),
+    "solve": call(solve, b, 0.5),
+    "inverse": lambda op: inverse(op, 0.5) @ b,
+}
+OTHERS = {
+    "lanczos, partial": call(lanczos, 3, 30, reorthogonalize="partial"),
+    "lanczos, none": call(lanczos, 3, 30, reorthogonalize="none"),
+    "tridiagonal": call(lanczos_tridiagonal, b, 20),
+    "nystrom": call(nystrom, 10),
+    "hutchinson": call(trace, 24, method="hutchinson"),
+    "hutch++": call(trace, 24, method="hutch++"),
+    "na-hutch++": call(trace, 24, method="na-hutch++"),
+    "trace, rtol": call(trace, rtol=0.1),
+    "diagonal": call(diagonal, 24, method="hutchinson"),
+    "2-norm": call(norm),
+    "Frobenius norm": call(norm, "fro", num_matvecs=24),
+    "nuclear norm": call(norm, "nuc", num_matvecs=40),
+    "extremal": call(extremal_eigenvalues),
+    "condition": call(condition_number, 40),
+    "slq": call(slq, 4, 14),
+    "logdet": call(logdet, num_probes=4, num_steps=14),
+    "density": call(spectral_density, 4, 14),
+    "function": call(apply_function, torch.exp, b),
+}
+ALL = EIGENSOLVERS | LEAVE_ONE_OUT | SOLVERS | OTHERS
+
+
+def table(algorithms):
+    return pytest.mark.parametrize("algorithm", algorithms.values(), ids=algorithms.keys())
+
+
+def of_product(product):
+    return LambdaOperator(N, product, matmat=product, dtype=A.dtype)
+
+
+@table(ALL)
+@pytest.mark.parametrize("good", [0, 7])
+def test_products_that_hold_nan_are_named(algorithm, good):
+    columns = iter(range(10_000))
+
+    def product(V):
+        AV = (A @ V).reshape(N, -1)
+        for column in AV.unbind(1):
+            column[3] *= 1.0 if next(columns) < good else float("nan")
+        return AV.reshape(V.shape)
+
+    with pytest.raises(NonFiniteError, match=r"(?s)LambdaOperator.*NaN or infin"):
+        algorithm(of_product(product))
+
+
+def asymmetric(size):
+    G = torch.randn(N, N, generator=torch.Generator().manual_seed(5), dtype=A.dtype)
+    return MatrixOperator(A + size * (G - G.T))
+
+
+@table(EIGENSOLVERS)
+@pytest.mark.parametrize("size", [0.1, 1e-4])
+def test_eigensolvers_name_a_matrix_that_is_not_symmetric(algorithm, size):
+    with pytest.raises(SymmetryError, match=r"\|<u,Av>-<v,Au>\| = [1-9].*repeatability 0e\+00"):
+        algorithm(asymmetric(size))
+
+
+@table(EIGENSOLVERS)
+@pytest.mark.parametrize("size", [1e-2, 1e-6])
+def test_eigensolvers_name_products_that_do_not_repeat(algorithm, size):
+    with pytest.raises(SymmetryError, match=r"repeatability [1-9].*Look for randomness"):
+        algorithm(of_product(lambda V: A @ V + size * torch.randn_like(V)))
+
+
+@table(LEAVE_ONE_OUT)
+def test_estimators_that_multiply_twice_name_a_matrix_that_is_not_symmetric(algorithm):
+    with pytest.raises(SymmetryError, match="symmetric"):
+        algorithm(asymmetric(0.1))
+
+
+@table(SOLVERS)
+def test_solvers_do_not_claim_a_residual_below_the_noise_of_products(algorithm):
+    with pytest.warns(NotConvergedWarning):
+        algorithm(of_product(lambda V: A @ V + 1e-3 * torch.randn_like(V)))
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (call(lanczos, N + 1), "expected k from 1 to n = 60, got 61"),
+        (call(lobpcg, N + 1), "expected k from 1 to n = 60, got 61"),
+        (call(deflated_power_iteration, N + 1), "expected k from 1 to n = 60, got 61"),
+        (call(randomized_eigh, N + 1), "expected k from 1 to n = 60, got 61"),
+        (call(nystrom, N + 1), "expected rank from 1 to n = 60, got 61"),
+        (call(lanczos, 0), "expected k from 1"),
+        (call(lanczos, 5, 4), "expected max_iter, the budget of products, to be at least 5"),
+        (call(lobpcg, 5, 0), "max_iter"),
+        (call(deflated_power_iteration, 2, 0), "max_iter"),
+        (call(power_iteration_one, 0), "max_iter"),
+        (call(lanczos, which="largest"), "unknown which 'largest'; choose one of LM, LA, SA, BE"),
+        (call(lobpcg, which="LM"), "unknown which 'LM'; choose"),
+        (call(lanczos, tol=-1e-6), "expected tol from 0 to 1"),
+        (call(lobpcg, tol=-1e-6), "expected tol"),
+        (call(power_iteration_one, tol=-1e-6), "expected tol"),
+        (call(randomized_eigh, tol=-1e-6), "expected tol"),
+        (call(conjugate_gradient, b, rtol=-1.0), "rtol"),
+        (call(minres, b, max_iter=0), "max_iter"),
+        (call(solve, b, method="gmres"), "unknown method 'gmres'"),
+        (call(trace, 24, method="girard"), "unknown method 'girard'"),
+        (call(trace, 24, distribution="uniform"), "unknown distribution 'uniform'"),
+        (call(trace, 0), "num_matvecs"),
+        (call(trace, rtol=-0.1), "rtol"),
+        (call(diagonal, 24, method="diag++"), "unknown method"),
+        (call(norm, "inf"), "unknown"),
+        (call(slq, 0), "probe"),
+        (call(slq, 4, 0), "step"),
+        (call(spectral_density, 4, 10, sigma=-1.0), "sigma"),
+        (call(apply_function, torch.exp, b, 0), "steps"),
+        (call(trace, 24, seed=-1), "seed"),
+        (call(lanczos, max_seconds=0.0), "max_seconds"),
+    ],
+)
+def test_options_are_refused_before_any_product(ask, message):
+    counted = CountingOperator(MatrixOperator(A))
+    with pytest.raises(OptionError, match=message):
+        ask(counted)
+    assert counted.matvecs == 0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        call(lanczos, v0=torch.ones(3, dtype=A.dtype)),
+        call(lobpcg, v0=torch.ones(3, dtype=A.dtype)),
+        call(power_iteration_one, v0=torch.ones(3, dtype=A.dtype)),
+        call(lanczos_tridiagonal, torch.ones(3, dtype=A.dtype), 5),
+        call(conjugate_gradient, torch.ones(3, dtype=A.dtype)),
+        call(minres, torch.ones(3, dtype=A.dtype)),
+        call(solve, torch.ones(3, dtype=A.dtype)),
+        call(apply_function, torch.exp, torch.ones(3, dtype=A.dtype)),
+    ],
+)
+def test_vectors_of_another_space_are_refused_before_any_product(ask):
+    counted = CountingOperator(MatrixOperator(A))
+    with pytest.raises(VectorError, match="expected"):
+        ask(counted)
+    assert counted.matvecs == 0
+
+
+def test_a_basis_that_does_not_fit_is_refused_before_any_product(monkeypatch):
+    monkeypatch.setattr(eigen_request, "free_bytes", lambda device: 10_000)
+    counted = CountingOperator(MatrixOperator(A))
+    with pytest.raises(MemoryEstimateError, match=r"vectors x 60 x 8 B.*Try"):
+        lanczos(counted)
+    assert counted.matvecs == 0
