@@ -54,7 +54,8 @@ def tensor_of(x: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     ``torch.from_numpy`` is three to four times faster than DLPack here. It takes no negative
     strides nor fractions of an item, and misaligned, read-only and foreign-endian arrays are not
-    safe to share.
+    safe to share. On its way to a GPU, ``x`` passes through page-locked memory, and has been read
+    when this returns.
     """
     exchanged = numpy_dtype(dtype)
     if x.dtype != exchanged:
@@ -63,21 +64,38 @@ def tensor_of(x: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
         stride < 0 or stride % x.itemsize for stride in x.strides
     ):
         x = x.copy()
-    return torch.from_numpy(x).to(dtype=dtype, device=device)
+    t = torch.from_numpy(x)
+    if device.type == "cuda":
+        t = staging_like(t).copy_(t).to(device, non_blocking=True)
+    return t.to(dtype=dtype, device=device)
 
 
 def array_of(y: Tensor) -> Array:
     """``y`` as a writable contiguous array (2-D: in C or Fortran order), a view if it can be.
 
-    Returns when the data have arrived.
+    Returns when the data have arrived, from a GPU in page-locked memory that the array owns.
     """
+    y = exchangeable(y)
+    if y.is_cuda:
+        y = staging_like(y).copy_(y, non_blocking=True)
+        torch.cuda.current_stream(y.device).synchronize()
+    array: Array = y.cpu().numpy()
+    return array
+
+
+def exchangeable(y: Tensor) -> Tensor:
+    """``y`` contiguous (2-D: in C or Fortran order), conjugated, in a dtype of other libraries."""
     y = y.detach().resolve_conj().resolve_neg()
     if y.dtype in (torch.bfloat16, torch.float16):
         y = y.float()
-    if not (y.is_contiguous() or (y.ndim == 2 and y.mT.is_contiguous())):
-        y = y.contiguous()
-    array: Array = y.cpu().numpy()
-    return array
+    if y.is_contiguous() or (y.ndim == 2 and y.mT.is_contiguous()):
+        return y
+    return y.contiguous()
+
+
+def staging_like(t: Tensor) -> Tensor:
+    """Page-locked host memory in the layout of ``t``, which torch recycles and never shares."""
+    return torch.empty_like(t, device="cpu", pin_memory=True)
 
 
 def host_array(x: object) -> Array:
@@ -89,6 +107,6 @@ def host_array(x: object) -> Array:
     if hasattr(x, "__cuda_array_interface__"):
         raise VectorError(
             f"expected a NumPy array, got a {type(x).__module__}.{type(x).__name__} on the GPU; "
-            "bring it to the host, or multiply torch tensors by the operator itself"
+            "bring it to the host, or take as_cupy_operator(operator)"
         )
     return np.asarray(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, cast
 
 import numpy as np
@@ -11,23 +10,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
-from tqdm import tqdm
 
-from torchlinop.adapters.dlpack import (
-    Array,
-    array_of,
-    host_array,
-    numpy_dtype,
-    tensor_of,
-    torch_dtype,
-)
+from torchlinop.adapters.adapter import Adapter, AnyOperator
+from torchlinop.adapters.cupy import from_cupy, is_of_cupy
+from torchlinop.adapters.dlpack import Array, array_of, host_array, tensor_of, torch_dtype
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
-from torchlinop.operators.counting import ProductCount
 from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
-from torchlinop.operators.rectangular import RectangularOperator
-
-AnyOperator = CurvatureOperator | RectangularOperator
 
 
 def as_linear_operator(
@@ -54,36 +43,8 @@ def as_linear_operator(
     return SciPyOperator(operator, max_matvecs, progress)
 
 
-class SciPyOperator(LinearOperator):
+class SciPyOperator(Adapter, LinearOperator):
     """The adapter that ``as_linear_operator`` returns. One block product a call."""
-
-    def __init__(
-        self,
-        operator: AnyOperator,
-        max_matvecs: int | None = None,
-        progress: bool = False,
-        count: ProductCount | None = None,
-    ) -> None:
-        super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
-        self.args = ()  # documented by SciPy
-        self.operator = operator
-        self._adjoint_operator: AnyOperator = (
-            operator.T if isinstance(operator, RectangularOperator) else operator
-        )
-        self._count = ProductCount(max_matvecs) if count is None else count
-        self._options = (max_matvecs, progress)
-        # disable=None: silent where the output is not a terminal.
-        self._bar = tqdm(total=max_matvecs, unit="matvec", disable=None if progress else True)
-
-    @property
-    def matvecs(self) -> int:
-        """Columns multiplied so far."""
-        return self._count.matvecs
-
-    @property
-    def matmats(self) -> int:
-        """Calls of the operator so far."""
-        return self._count.matmats
 
     def _matvec(self, x: object) -> Array:
         """``A x`` for (n,) and (n, 1), or of every row of a batch (..., n)."""
@@ -138,45 +99,14 @@ class SciPyOperator(LinearOperator):
         self._bar.update(V.shape[1])
         return AV if AV.dtype == dtype else AV.astype(dtype)
 
-    def _adjoint(self) -> SciPyOperator:
-        if self._adjoint_operator is self.operator:
-            return self
-        return SciPyOperator(self._adjoint_operator, *self._options, count=self._count)
-
-    def _transpose(self) -> Any:
-        transpose = super()._transpose  # type: ignore[misc]  # the stubs leave it out
-        return transpose() if self.operator.dtype.is_complex else self._adjoint()
-
-    def _scaled(self, factor: Any) -> SciPyOperator:
-        return SciPyOperator(self.operator * float(factor), *self._options)
-
-    # Scaled here, 2.0 * A32 stays float32. SciPy 1.17 declares it float64, and then ARPACK
-    # chases digits that the products do not have.
-    def __mul__(self, x: Any) -> Any:
-        return self._scaled(x) if isinstance(x, numbers.Real) else super().__mul__(x)
-
-    def __rmul__(self, x: Any) -> Any:
-        return self._scaled(x) if isinstance(x, numbers.Real) else super().__rmul__(x)
-
-    def __truediv__(self, x: Any) -> Any:
-        return self._scaled(1 / x) if isinstance(x, numbers.Real) else super().__truediv__(x)
-
-    def __neg__(self) -> Any:
-        return self._scaled(-1.0)
-
-    def __reduce__(self) -> tuple[type[SciPyOperator], tuple[Any, ...]]:
-        return SciPyOperator, (self.operator, *self._options)
-
-    def __repr__(self) -> str:
-        return f"<SciPyOperator of {self.operator!r}>"
-
 
 def from_linear_operator(A: Any) -> CurvatureOperator:
     """A symmetric matrix of another library as one of our operators.
 
     ``A`` is a dense array or tensor (n, n), a SciPy sparse matrix or array, a SciPy
-    LinearOperator, or anything with ``shape``, ``dtype`` and ``@``. Integer matrices act in
-    float64. Symmetry is taken on trust: ``.check()`` measures it.
+    LinearOperator, any of these of CuPy (then on its device), or anything with ``shape``,
+    ``dtype`` and ``@``. Integer matrices act in float64. Symmetry is taken on trust: ``.check()``
+    measures it.
 
     Raises:
         VectorError: A is not square.
@@ -191,6 +121,8 @@ def from_linear_operator(A: Any) -> CurvatureOperator:
         raise VectorError(
             f"expected a square matrix, got shape {tuple(A.shape)}; pass A.T @ A, say"
         )
+    if is_of_cupy(A):
+        return from_cupy(A)
     dtype = torch_dtype(A.dtype)
     if isinstance(A, np.ndarray):
         return MatrixOperator(tensor_of(A, dtype, torch.device("cpu")))
