@@ -5,8 +5,15 @@ import torch
 from torch import nn
 
 from torchlinop import EKFACOperator, GGNOperator, LambdaOperator, MatrixOperator
+from torchlinop.algorithms.matrix_function import apply_function
+from torchlinop.algorithms.quadrature import slq
 from torchlinop.algorithms.solve import inverse, solve
-from torchlinop.errors import MemoryEstimateError, NotConvergedError, NotConvergedWarning
+from torchlinop.errors import (
+    MemoryEstimateError,
+    NotConvergedError,
+    NotConvergedWarning,
+    OptionError,
+)
 from torchlinop.testing.gallery import of_inputs, with_spectrum
 
 F64 = torch.float64
@@ -84,6 +91,22 @@ def test_a_power_of_two_scales_the_solution_and_nothing_else(method, power):
     assert torch.equal(scaled.x, plain.x * 2.0**power)
     assert torch.equal(scaled.relative_residuals, plain.relative_residuals)
     assert torch.equal(scaled.residual_norms, plain.residual_norms * 2.0**power)
+
+
+@pytest.mark.parametrize("power", [-85, 85])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda op: solve(op, B[:, 0].float()),
+        lambda op: slq(op, 2, 10),
+        lambda op: apply_function(op, torch.exp, B.float()),
+    ],
+)
+def test_a_matrix_too_small_or_large_to_be_squared_is_refused(call, power):
+    with pytest.raises(
+        OptionError, match=r"expected ‖A‖ between 1e-15 and 2e\+15, .* power of two"
+    ):
+        call(MatrixOperator(A.float() * 2.0**power))
 
 
 @pytest.mark.parametrize("method", ["cg", "minres"])

@@ -14,6 +14,7 @@ from typing import Generic, TypedDict
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.dynamic_range import refuse_range
 from torchlinop.algorithms.iterates import Method, State, replaced, taken, within
 from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.products import Products, run_of_products
@@ -172,6 +173,7 @@ class Columns(Generic[State]):
         X, R = state.X, self.problem.B[:, columns] - A(state.X)
         norms = A.norms(R).cpu()
         A.refuse_non_finite(norms)
+        refuse_range(A, float(state.scale.max()))
         drifted = norms > _DRIFT * state.residual_norms.cpu()
         short = norms > self.problem.rtol * self.sizes[columns]
         stuck = state.stuck.cpu()

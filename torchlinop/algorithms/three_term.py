@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.dynamic_range import refuse_range
 from torchlinop.algorithms.products import Products
 
 
@@ -87,10 +88,13 @@ class ThreeTermRecurrence:
 
         Raises:
             NonFiniteError: a product was NaN or infinite.
+            OptionError: squares of numbers as small or large as ‖A‖ vanish or overflow.
         """
         alphas = torch.stack(self.stage.alphas).cpu()
         betas = torch.stack(self.stage.betas).cpu()
-        self.A.refuse_non_finite(alphas, betas)
+        self.A.refuse_non_finite(alphas)
+        refuse_range(self.A, float(self.stage.scale))
+        self.A.refuse_non_finite(betas)
         return alphas, betas
 
 
