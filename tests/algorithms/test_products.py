@@ -49,9 +49,7 @@ def test_limits_that_make_no_sense_are_refused(options, message):
 def test_not_finite_numbers_are_refused_by_the_operators_name():
     products = Products(A)
     products(EYE)
-    with pytest.raises(
-        NonFiniteError, match=r"MatrixOperator.* hold NaN or infinity, by"
-    ):
+    with pytest.raises(NonFiniteError, match=r"MatrixOperator.* hold NaN or infinity, by"):
         products.refuse_non_finite(torch.tensor([1.0, float("nan")]))
 
 

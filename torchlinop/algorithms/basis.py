@@ -59,11 +59,20 @@ class Basis:
             return rows.mT
         return rows.to(device=self.device, dtype=self.dtype).div_(self._scale).mT
 
+    def room(self, start: int, width: int) -> Tensor:
+        """Memory for columns (n, width) that will be put at ``start``: there, if that can be."""
+        if self.direct:
+            return self.rows[start : start + width].mT
+        n = self.rows.shape[1]
+        return torch.empty(width, n, dtype=self.dtype, device=self.device).mT
+
     def put(self, start: int, Q: Tensor) -> Tensor:
         """Store Q (n, w) as columns ``start`` and following; Q in working precision again."""
         rows = self.rows[start : start + Q.shape[1]]
+        if self.direct and Q.data_ptr() == rows.data_ptr():
+            return Q
         rows.copy_(Q.mT if self._scale == 1 else Q.mT * self._scale)
-        return rows.mT if self.direct else Q
+        return rows.mT if self.direct else Q.mT.contiguous().mT
 
     def project(self, W: Tensor, stop: int, start: int = 0) -> Tensor:
         """``W -= V H`` in place, with ``H = V^H W`` of columns ``start`` to ``stop``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from torchlinop.algorithms.plain_lanczos import plain_lanczos
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of
 from torchlinop.algorithms.ritz_result import Found, finished
+from torchlinop.algorithms.run_file import RunFile
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
@@ -47,6 +49,7 @@ def lanczos(
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
     max_seconds: float = math.inf,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
     callback: Callback | None = None,
     strict: bool = False,
@@ -88,12 +91,18 @@ def lanczos(
         basis_device: store the basis there, ``"cpu"`` say.
         max_seconds: return what there is after this time, fewer than k pairs if need be, as
             after Ctrl-C; true residuals are not taken then.
+        checkpoint: a safetensors file, written at every restart, at the end, at Ctrl-C and where
+            a budget is spent. If it is there, the run goes on from it: on the same machine, bit by
+            bit as without a stop. That takes one product more, not counted, to see that the matrix
+            is the same; v0 is ignored. ``max_iter``, of all calls together, and ``max_seconds``,
+            of each, may be others than before. A file of a run that is over gives its result.
         progress: show a bar that counts products, on a terminal.
         callback: told ``(matvecs, eigenvalues, residual_norms)`` whenever they are known.
         strict: raise NotConvergedError, which carries the result, in place of a warning.
 
     Raises:
-        OptionError, VectorError: k, ncv, max_iter, tol, which, block_size, v0 do not fit.
+        OptionError, VectorError: k, ncv, max_iter, tol, which, block_size, v0 do not fit; the
+            checkpoint is of other options, or of another matrix.
         MemoryEstimateError: the basis does not fit into the memory that is free.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
 
@@ -109,12 +118,14 @@ def lanczos(
         basis_dtype, basis_device,
     )  # fmt: skip
     request.refuse()
+    file = RunFile(checkpoint, request, seed)
+    request = file.as_begun(request)
     target = request.target()
     with run_of_products(
         op, total=max_iter, max_seconds=max_seconds, progress=progress
     ) as products:
-        plan = request.plan(_block_size(products, block_size, v0, seed))
-        start = _start(op, v0, plan.block_size, seed)
+        plan = request.plan(_block_size(products, request.block_size, v0, seed))
+        start = _start(op, None if file.saved else v0, plan.block_size, seed)
         if request.unrestarted:
             found = plain_lanczos(
                 products, start, plan.ncv, request.mode, target, peak_bytes=plan.bytes
@@ -123,7 +134,7 @@ def lanczos(
                 callback(*found.history[-1])
         else:
             limits = Limits(plan.products, callback)
-            found = _restarted(products, start, request, plan, limits, seed=seed)
+            found = _restarted(products, start, request, plan, limits, file=file, seed=seed)
         if plan.clean_up:
             found = cleaned_up(products, found, target, seed)
     return finished(products, found, target, seed=seed, strict=strict)
@@ -167,13 +178,15 @@ def _start(op: CurvatureOperator, v0: Tensor | EigenResult | None, b: int, seed:
 
 
 def _restarted(
-    products: Products, start: Tensor, request: Request, plan: Plan, limits: Limits, *, seed: int
-) -> Found:
+    products: Products, start: Tensor, request: Request, plan: Plan, limits: Limits, *,
+    file: RunFile, seed: int,
+) -> Found:  # fmt: skip
     """The pairs by thick restarts, a basis of ``plan.ncv`` vectors."""
     target, b = request.target(), plan.block_size
     dtype, device = plan.basis_dtype, plan.basis_device
     basis = Basis(products.operator.space, start, plan.ncv + b, dtype=dtype, device=device)
     run = Run(KrylovDecomposition(products, basis, start, plan.ncv, seed), target, limits)
+    file.resume(run)
     ritz, status = run.solve()
     return Found(
         ritz,

@@ -20,8 +20,14 @@ def orthonormalize(space: VectorSpace, W: Tensor, threshold: Tensor | float) -> 
     A column that is no longer than ``threshold`` once the columns before it are projected out
     becomes zero, and so does its row of R. Nothing is read back from the device.
     """
+    return factored(space, W, threshold)[0]
+
+
+def factored(space: VectorSpace, W: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The same, with the lengths (w,) of the columns that became zero, and 0 for the others."""
     w = W.shape[1]
     R = torch.zeros(w, w, dtype=small_dtype(W.dtype), device=W.device)
+    lost = torch.zeros(w, dtype=torch.float64, device=W.device)
     for i in range(w):
         q = W[:, i : i + 1]
         for _ in range(2 if i else 0):  # "Twice is enough" (Parlett 1980, section 6.9)
@@ -32,7 +38,8 @@ def orthonormalize(space: VectorSpace, W: Tensor, threshold: Tensor | float) -> 
         alive = beta > threshold
         q.mul_(torch.where(alive, 1 / beta, 0.0).to(real_dtype(W)))
         R[i, i] = torch.where(alive, beta, 0.0)
-    return R
+        lost[i] = torch.where(alive, 0.0, beta)
+    return R, lost
 
 
 def real_dtype(W: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from torchlinop.algorithms.orthogonal import orthonormalize, removed
 from torchlinop.algorithms.products import Products, breakdown, working_dtype
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of, policy_of
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.scaled_product import scaled_product
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -62,7 +63,7 @@ def lanczos_tridiagonal(
     (orthogonal to half of the digits, for a fraction of the inner products, with one host
     synchronisation a step), ``"local"`` (the last five vectors) or ``"none"`` or False: with the
     latter two, eigenvalues of T come in copies. Without a basis (``keep_basis=False``, and only
-    with ``"none"``) three vectors are held, else ``steps + 1``.
+    with ``"none"``) four vectors are held, else ``steps + 3``.
 
     Raises:
         VectorError: v0 does not fit or is zero; OptionError: an unknown mode, or steps below 1.
@@ -130,14 +131,15 @@ class Recurrence:
 
     def step(self, j: int) -> None:
         """One product."""
-        w = self.products.columns(self.q)
+        w = self.q.new_empty(1, len(self.q)).mT  # the same bits with a basis or without
+        s = scaled_product(self.products, self.q, self.scale if j else None, w)
         if j:
-            subtract(w, self.previous, self.beta[j - 1 : j, None])
-        self.alpha[j] = removed(self.space, self.q, w)[0, 0].real
-        self.policy(w, self.basis, self.alpha[: j + 1], self.beta[:j])
+            subtract(w, self.previous, self.beta[j - 1 : j, None] / s)
+        self.alpha[j] = s * removed(self.space, self.q, w)[0, 0].real
+        self.policy(w, self.basis, self.alpha[: j + 1] / s, self.beta[:j] / s)
         self.scale = torch.maximum(self.scale, self.alpha[j].abs())
-        beta = orthonormalize(self.space, w, self.breakdown * self.scale)
-        self.beta[j] = beta[0, 0].real
+        beta = orthonormalize(self.space, w, self.breakdown * self.scale / s)
+        self.beta[j] = s * beta[0, 0].real
         self.scale = torch.maximum(self.scale, self.beta[j])
         self.previous, self.q = self.q, self._stored(j + 1, w)
 
