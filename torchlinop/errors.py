@@ -64,6 +64,10 @@ class CheckpointError(DoubleBackwardError):
     """Activation checkpointing stands in the way of second derivatives."""
 
 
+class CaptureError(TorchlinopError, RuntimeError):
+    """A product cannot be written down as one program, to be run without Python or autograd."""
+
+
 class NonFiniteError(TorchlinopError, ArithmeticError):
     """A loss, gradient or product holds NaN or infinity."""
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from torchlinop.errors import OptionError
 from torchlinop.losses.base import OutputMap
@@ -155,7 +156,8 @@ def _or_eager(name: str, build: Builder, logits: Tensor, weights: Tensor) -> Pro
     eager = functools.cache(lambda: _eager(logits, weights))
 
     def product(u: Tensor, out: Tensor) -> Tensor:
-        if name in _failed:
+        # Who records operations of torch sees no kernels.
+        if name in _failed or _get_current_dispatch_mode() is not None:
             return eager()(u, out)
         try:
             return build(logits, weights)(u, out)

@@ -27,17 +27,20 @@ class HessianOperator(ObjectiveOperator):
         dataloader: a DataLoader, a list of batches, any iterable of them, or one bare batch.
         loss_fn: ``(model, batch) -> scalar``, the mean (or sum) over the loss terms of a batch.
         **options: how products are taken (method, fd_eps, linearization, memory_budget,
-            column_chunk), see ``ProductOptions``; parameters, data, weights and mode, see
-            ``ObjectiveOptions``.
+            column_chunk, compile, cuda_graphs), see ``ProductOptions``; parameters, data, weights
+            and mode, see ``ObjectiveOptions``.
 
     Costs one gradient of the first batch to build, and some fifty forward passes of a few samples
     to weigh several batches. A product costs about two gradients of the data with kept graphs,
     three with rebuilt ones, four with forward over reverse, two with finite differences. Memory:
-    kept graphs hold about two sets of activations of all data, rebuilt ones of one batch.
+    kept graphs hold about two sets of activations of all data, rebuilt ones of one batch. With
+    ``compile`` or ``cuda_graphs`` the first product of every width takes three, and up to
+    half of the memory more.
 
     Raises:
         OptionError, NoParametersError, ParameterError, DataError, LossShapeError,
-        DoubleBackwardError: see there; NonFiniteError at the first product.
+        DoubleBackwardError: see there; NonFiniteError at the first product; CaptureError there,
+        if what ``compile`` or ``cuda_graphs`` asks for cannot be had.
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
+from torchlinop.compiled import Step, as_programs
 from torchlinop.derivatives import Derivative, Function, Linearized
 from torchlinop.errors import NonFiniteError
 from torchlinop.from_model import objective_from_model
@@ -46,9 +47,12 @@ class _Sum:
 class _Linearization:
     derivative: Derivative
     of: _Outputs
+    steps: tuple[Step, ...]
 
     def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> Linearized:
-        return self.derivative.linearize(f, theta)
+        local = self.derivative.linearize(f, theta)
+        push, pull = (as_programs(A, self.steps) for A in (local.push, local.pull))
+        return Linearized(local.outputs, push, pull)
 
 
 class JacobianOperator(RectangularOperator):
@@ -83,13 +87,14 @@ class JacobianOperator(RectangularOperator):
         refuse_coarse_differences(plan.derivative, objective, facts)
         self.objective = objective
         self._of = outputs
-        self._at = plan.carry_out(objective, facts, _Linearization(plan.derivative, outputs))
+        work = _Linearization(plan.derivative, outputs, plan.steps)
+        self._at = plan.carry_out(objective, facts, work)
         self._sizes = [self._count(b, batch) for b, batch in self._batches()]
         space = objective.space
         super().__init__(
             VectorSpace(sum(self._sizes), space.dtype, space.device),
             space,
-            description=[*objective.description[:1], f"{plan.name}, {self._at.name}"],
+            description=[*objective.description[:1], plan.described(self._at)],
         )
         self.layout = objective.layout
 

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchlinop.compiled import Compiled, Step
+from torchlinop.cuda_graph import CudaGraphs
 from torchlinop.derivatives import (
     Derivative,
     FiniteDifference,
@@ -18,7 +20,7 @@ from torchlinop.derivatives import (
 from torchlinop.errors import OptionError
 from torchlinop.finiteness import refuse_non_finite
 from torchlinop.from_model import ObjectiveOptions, refuse_unknown_options
-from torchlinop.linearization import LinearizationPlan, Policy, Work, mean_product
+from torchlinop.linearization import AsPrograms, LinearizationPlan, Policy, Work, mean_product
 from torchlinop.objective import Objective
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.preflight import Preflight, preflight
@@ -39,6 +41,12 @@ class ProductOptions(ObjectiveOptions, total=False):
     linearization: Policy
     memory_budget: int | None
     column_chunk: int | None  # columns of a block that go through one pass; measured by default
+    # Run the kept products as programs, traced at the first block of every width: without the
+    # overhead of autograd, and compiled by torch.compile on a GPU. Default False.
+    compile: bool
+    # Replay the kept products as CUDA graphs, captured for every batch and width, the last four
+    # widths at most. Default False.
+    cuda_graphs: bool
 
 
 class ObjectiveOperator(CurvatureOperator):
@@ -58,12 +66,12 @@ class ObjectiveOperator(CurvatureOperator):
         facts = preflight(objective, plan.derivative.exact, work.of)
         refuse_coarse_differences(plan.derivative, objective, facts)
         self.objective = objective
-        self._maps = plan.carry_out(objective, facts, work)
+        self._maps = plan.carry_out(objective, facts, AsPrograms(work, plan.steps))
         self._proven_finite = False
         super().__init__(
             objective.space,
             layout=objective.layout,
-            description=[*objective.description, f"{plan.name}, {self._maps.name}"],
+            description=[*objective.description, plan.described(self._maps)],
             notes=facts.notes(objective),
             # The errors of finite differences have any sign.
             positive_semidefinite=positive_semidefinite and plan.derivative.exact,
@@ -106,8 +114,17 @@ def planned(options: ProductOptions) -> tuple[LinearizationPlan, ObjectiveOption
         options.pop("memory_budget", None),
         options.pop("column_chunk", None),
         method if isinstance(method, str) else repr(method),
+        _steps(options.pop("compile", False), options.pop("cuda_graphs", False)),
     )
     return plan, options
+
+
+def _steps(compile: bool, cuda_graphs: bool) -> tuple[Step, ...]:
+    for name, value in [("compile", compile), ("cuda_graphs", cuda_graphs)]:
+        if not isinstance(value, bool):
+            raise OptionError(f"expected {name} to be True or False, got {value!r}; leave it out")
+    steps: list[Step] = [Compiled()] if compile else []
+    return (*steps, CudaGraphs()) if cuda_graphs else (*steps,)
 
 
 _METHODS: dict[str, Callable[[float | None], Derivative]] = {
