@@ -12,6 +12,7 @@ from torchlinop.adapters import cupy_solvers
 from torchlinop.adapters.cupy import cupy_operator
 from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
 from torchlinop.errors import (
+    MemoryEstimateError,
     NonFiniteError,
     NotConvergedError,
     NotConvergedWarning,
@@ -280,6 +281,17 @@ def test_errors_of_products_are_not_taken_for_failures(cupyx, call):
 
     with pytest.raises(VectorError, match="in the product"):
         call(LambdaOperator(N, wrong, dtype=torch.float64), 3, which="LA")
+
+
+@pytest.mark.parametrize(("call", "name"), [(cupy_eigsh, "eigsh"), (cupy_lobpcg, "lobpcg")])
+def test_cupy_that_runs_out_of_memory_is_named(cupyx, monkeypatch, call, name):
+    def full(*args, **kwargs):
+        raise MemoryError("Out of memory allocating 4,000 bytes")  # CuPy's is such a one
+
+    monkeypatch.setattr(cupyx, name, full)
+    message = rf"memory on cpu ran out in {name} of cupyx \(Out of memory.*empty_cache"
+    with pytest.raises(MemoryEstimateError, match=message):
+        call(MatrixOperator(matrix(SPD)), 3, which="LA")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -26,7 +26,13 @@ from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
 from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import OptionError, TorchlinopError, TorchlinopWarning, warn_caller
+from torchlinop.errors import (
+    MemoryEstimateError,
+    OptionError,
+    TorchlinopError,
+    TorchlinopWarning,
+    warn_caller,
+)
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import VectorSpace
 
@@ -77,6 +83,7 @@ def cupy_eigsh(
     Raises:
         OptionError, VectorError: options or v0 do not fit, or CuPy or a GPU is missing.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
+        MemoryEstimateError: memory ran out, in torch or in CuPy.
     """
     target = _target(op, k, which, tol, get_args(End))
     n = op.size
@@ -147,6 +154,7 @@ def cupy_lobpcg(
     Raises:
         OptionError, VectorError: options or v0 do not fit, or CuPy or a GPU is missing.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
+        MemoryEstimateError: memory ran out, in torch or in CuPy.
     """
     target = _target(op, k, which, tol, ("LA", "SA"))
     # For small n, lobpcg of cupyx multiplies the identity and takes the dense way.
@@ -238,6 +246,7 @@ class Rounds:
 
         Raises:
             _BreakdownError: the solver gave NaN, or vectors that are not orthogonal.
+            MemoryEstimateError: memory ran out.
         """
         with (
             run_of_products(op, total=self.budget, progress=progress) as products,
@@ -279,6 +288,13 @@ class Rounds:
             X = solve(X, tolerance, self.budget - products.matvecs - self.target.k)
         except TorchlinopError:
             raise
+        except MemoryError as error:  # of CuPy's pool, where torch's knows nothing of it
+            device = products.operator.device
+            raise MemoryEstimateError(
+                f"memory on {device} ran out in {self.name} ({error}); call "
+                "torch.cuda.empty_cache() first, which leaves to CuPy what torch holds unused, or "
+                "take lanczos with basis_device='cpu'"
+            ) from error
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             # Where its Cholesky factor fails, lobpcg multiplies None.
             reason = f"{self.name} failed ({type(error).__name__}: {error})"
