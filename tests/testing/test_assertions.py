@@ -1,23 +1,23 @@
 """A wrong operator is caught, and told what is wrong with it; a right one never is."""
 
+import random
+
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from torchlinop import LambdaOperator, MatrixOperator, as_linear_operator
 from torchlinop.errors import OptionError
 from torchlinop.testing.answers import assert_calibrated, assert_eigenpairs
 from torchlinop.testing.assertions import (
     assert_deterministic,
-    assert_equal_operators,
     assert_finite,
     assert_linear,
     assert_positive_semidefinite,
     assert_symmetric,
 )
+from torchlinop.testing.equality import assert_equal_operators
 from torchlinop.testing.gallery import with_spectrum
 from torchlinop.testing.subjects import as_operator
 
@@ -31,12 +31,6 @@ def semidefinite(n, dtype=F64, seed=0):
 SMALL, LARGE = semidefinite(40), semidefinite(300)
 
 
-def antisymmetric(n):
-    E = torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=F64)
-    E = E - E.T
-    return E / torch.linalg.matrix_norm(E, 2)
-
-
 def assert_all_hold(A, **how):
     assert_finite(A, products=4, **how)
     assert_deterministic(A, products=3, **how)
@@ -44,20 +38,6 @@ def assert_all_hold(A, **how):
     assert_symmetric(A, **how)
     assert_positive_semidefinite(A, **how)
     assert_equal_operators(A, A, **how)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(
-    size=st.integers(1, 24),
-    rank=st.integers(0, 24),
-    exponent=st.integers(-30, 30),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_a_right_operator_passes(size, rank, exponent, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    B = torch.randn(size, min(rank, size), generator=generator, dtype=dtype)
-    assert_all_hold(MatrixOperator(2.0**exponent * (B @ B.T)), seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +62,47 @@ def test_a_function_is_taken_with_its_size():
         assert_linear(lambda v: v)
 
 
+def test_a_function_of_arrays_is_taken_with_a_dtype_of_numpy():
+    A = SMALL.numpy()
+    assert_all_hold(A.__matmul__, size=40, dtype=np.float64)
+    assert_equal_operators(A.__matmul__, SMALL, dtype="float64")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_arrays_of_cupy_are_taken():
+    cupy = pytest.importorskip("cupy")
+    assert_all_hold(cupy.asarray(SMALL.numpy()))
+    assert_equal_operators(cupy.asarray(LARGE.numpy()), LARGE)
+    assert_equal_operators(LARGE, cupy.asarray(LARGE.numpy()))
+
+
+def test_a_function_may_differentiate():
+    x = torch.ones(5, dtype=F64, requires_grad=True)
+
+    def hessian_of_quartic(v):
+        (g,) = torch.autograd.grad((x**4).sum(), x, create_graph=True)
+        return torch.autograd.grad(g @ v, x, create_graph=True)[0]
+
+    assert_linear(hessian_of_quartic, size=5)
+    assert_equal_operators(hessian_of_quartic, 12 * torch.eye(5, dtype=F64))
+
+
+def test_a_function_has_the_size_of_what_it_is_compared_with():
+    assert_equal_operators(lambda v: SMALL @ v, SMALL)
+    assert_equal_operators(SMALL, lambda v: SMALL @ v)
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_operators_of_two_dtypes_are_equal_to_the_coarser_one(n):
+    A = semidefinite(n)
+    assert_equal_operators(A.float(), A)
+    assert_equal_operators(A, A.float())
+    assert_equal_operators(A.to(torch.complex64), A)
+    with pytest.raises(AssertionError, match=r"differ by more than rtol=1\.2e-04"):
+        assert_equal_operators(1.001 * A, A.float())
+
+
 @pytest.mark.filterwarnings("ignore")  # it imports what torch has deprecated
 def test_an_operator_of_curvlinops_is_taken():
     curvlinops = pytest.importorskip("curvlinops")
@@ -95,28 +116,8 @@ def test_an_operator_of_curvlinops_is_taken():
     assert_all_hold(G)
 
 
-@pytest.mark.parametrize("A", [SMALL, LARGE], ids=["entries", "rows"])
-def test_an_operator_off_by_a_millionth_is_caught(A):
-    with pytest.raises(AssertionError, match=r"rows .*differ by more than rtol=2.2e-13"):
-        assert_equal_operators(A * (1 + 1e-6), A)
-
-
-@pytest.mark.parametrize("A", [SMALL, LARGE], ids=["entries", "rows"])
-def test_a_wrong_row_is_named(A):
-    wrong = A.clone()
-    wrong[17] *= 1 + 1e-8
-    with pytest.raises(AssertionError, match=r"^1 of \d+ rows .*(row 17 by|entry \(17,)"):
-        assert_equal_operators(wrong, A)
-
-
-@pytest.mark.parametrize("A", [SMALL, LARGE], ids=["40", "300"])
-def test_an_asymmetry_of_1e_8_is_measured(A):
-    with pytest.raises(AssertionError, match=r"<u, A v> - <A u, v>\| is .*e-(08|09) of the"):
-        assert_symmetric(A + 1e-8 * 3 * antisymmetric(len(A)))
-
-
 def test_a_nonlinear_product_is_caught():
-    with pytest.raises(AssertionError, match=r"A\(u \+ c v\) - A u - c A v is .*Reproduce: V ="):
+    with pytest.raises(AssertionError, match=r"A\(u \+ c v\) - A u - c A v is .* of the products"):
         assert_linear(lambda v: SMALL @ v + 1e-9 * v**2, size=40)
 
 
@@ -126,22 +127,14 @@ def test_blocks_that_differ_from_vectors_are_caught():
         assert_linear(op)
 
 
-def test_nan_once_in_a_hundred_products_is_found():
-    calls = iter(range(1000))
-
-    def product(v):
-        w = SMALL @ v
-        w[5] = torch.nan if next(calls) == 99 else w[5]
-        return w
-
-    with pytest.raises(AssertionError, match=r"product 100 of 128 .* 1 of 40 entries .*at 5\."):
-        assert_finite(product, size=40)
-
-
 @pytest.mark.parametrize(
     "noise",
-    [torch.rand, lambda n: torch.as_tensor(np.random.rand(n))],
-    ids=["torch", "numpy"],
+    [
+        torch.rand,
+        lambda n: torch.as_tensor(np.random.rand(n)),
+        lambda n: torch.full((n,), random.random()),
+    ],
+    ids=["torch", "numpy", "python"],
 )
 def test_dependence_on_global_seeds_is_caught_and_the_seeds_restored(noise):
     torch.manual_seed(3)
@@ -192,6 +185,21 @@ def test_right_eigenpairs_pass(which, columns):
 def test_wrong_eigenpairs_are_caught(values, vectors, message):
     with pytest.raises(AssertionError, match=message):
         assert_eigenpairs(A8, values, vectors, rtol=1e-10, exact=SPECTRUM)
+
+
+def test_lines_of_the_message_print_the_residual(capsys):
+    values, X = np.array([5, 5, 3.1]), Q8[:, :3].numpy()
+    with pytest.raises(AssertionError, match=r"got 0\.1 for pair 3 of 3") as error:
+        assert_eigenpairs(A8, values, X, rtol=1e-10)
+    lines = str(error.value).partition("Reproduce:\n")[2].splitlines()
+    code = "\n".join(line[4:] for line in lines)
+    exec(code, {"A": A8.numpy(), "eigenvalues": values, "eigenvectors": X})
+    assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(0.1)
+
+
+def test_the_worst_error_is_named():
+    with pytest.raises(AssertionError, match=r"the worst is number 7, off by 60 with a .* of 2"):
+        assert_calibrated([30.0] * 7 + [60.0] + [30.0] * 12, [2.0] * 20)
 
 
 def test_error_bars_that_hold_pass_and_half_as_long_ones_do_not():

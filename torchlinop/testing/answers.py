@@ -10,6 +10,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from torchlinop.errors import OptionError
+from torchlinop.testing.spectra import wanted
 from torchlinop.testing.subjects import as_operator
 
 _ONE_IN = 1e-6  # a right answer fails this seldom
@@ -42,11 +43,26 @@ def assert_eigenpairs(
     X, AX = X.to("cpu", wide), op.matmat(X.to(op.dtype)).to("cpu", wide)
     norm = float((values if exact is None else exact).abs().max())
     residuals = torch.linalg.vector_norm(AX - X * values, dim=0)
-    _assert_below(residuals, rtol * norm, "‖A x − λ x‖", f"rtol ‖A‖ = {rtol * norm:.3g}")
-    gram = (X.mH @ X - torch.eye(len(values))).abs()
-    _assert_below(gram.amax(0), rtol, "max |⟨x_i, x_j⟩ − δ_ij|", f"rtol = {rtol:g}")
+    _assert_below(
+        residuals,
+        rtol * norm,
+        "‖A x − λ x‖",
+        f"rtol ‖A‖ = {rtol * norm:.3g}",
+        "r = A @ eigenvectors[:, {i}] - eigenvalues[{i}] * eigenvectors[:, {i}]; "
+        "print((abs(r) ** 2).sum() ** 0.5)",
+    )
+    # In pieces, as one long sum of n squares rounds by up to n roundoffs.
+    gram = torch.stack([x.mH @ x for x in X.split(4096)]).sum(0)
+    gram = (gram - torch.eye(len(values))).abs()
+    _assert_below(
+        gram.amax(0),
+        rtol,
+        "max |⟨x_i, x_j⟩ − δ_ij|",
+        f"rtol = {rtol:g}",
+        "print(eigenvectors.conj().T @ eigenvectors[:, {i}])",
+    )
     if exact is not None:
-        _assert_wanted(values, _wanted(exact.double().cpu(), which, len(values)), rtol * norm)
+        _assert_wanted(values, wanted(exact.double().cpu(), which, len(values)), rtol * norm)
 
 
 def assert_calibrated(
@@ -72,9 +88,11 @@ def assert_calibrated(
     covered = int((e.abs() <= within * s).sum())
     least, most = (float(binom.ppf(p, len(e), level)) for p in (_ONE_IN, 1 - _ONE_IN))
     ratio = float(((e**2).mean() / (s**2).mean()).sqrt())
+    worst = int((e.abs() / s).nan_to_num(0.0).argmax())
     facts = (
         f"{covered} of {len(e)} errors are within {within:g} standard errors, where {level:.0%} "
-        f"should be; rms(error) / rms(standard error) = {ratio:.2f}"
+        f"should be; rms(error) / rms(standard error) = {ratio:.2f}; the worst is number {worst}, "
+        f"off by {float(e[worst]):.3g} with a standard error of {float(s[worst]):.3g}"
     )
     if covered < least:
         raise AssertionError(f"error bars are too short: {facts} (at least {int(least)} for N)")
@@ -82,32 +100,25 @@ def assert_calibrated(
         raise AssertionError(f"error bars are too long: {facts} (at most {int(most)} for N)")
 
 
-def _assert_below(defects: Tensor, bound: float, what: str, limit: str) -> None:
+def _assert_below(defects: Tensor, bound: float, what: str, limit: str, line: str) -> None:
     # ``not (≤)`` so that NaN comes to light.
     if not bool((defects <= bound).all()):
         worst = int(defects.nan_to_num(torch.inf).argmax())
         raise AssertionError(
             f"expected {what} within {limit}, got {float(defects[worst]):.3g} for pair {worst + 1} "
-            f"of {len(defects)}"
+            f"of {len(defects)}.\nReproduce:\n    {line.replace('{i}', str(worst))}"
         )
 
 
-def _wanted(exact: Tensor, which: str, k: int) -> Tensor:
-    keys = {"LA": -exact, "SA": exact, "LM": -exact.abs()}
-    if which not in keys:
-        raise OptionError(f"unknown which {which!r}; choose one of {', '.join(keys)}")
-    return exact[keys[which].argsort()[:k]]
-
-
-def _assert_wanted(values: Tensor, wanted: Tensor, distance: float) -> None:
-    found, wanted = (t.sort(descending=True).values for t in (values, wanted))
-    off = (found - wanted).abs()
+def _assert_wanted(values: Tensor, exact: Tensor, distance: float) -> None:
+    found, exact = (t.sort(descending=True).values for t in (values, exact))
+    off = (found - exact).abs()
     if not bool((off <= distance).all()):
         i = int((off > distance).nonzero()[0])
         copies = int(((found - found[i]).abs() <= distance).sum())
-        multiplicity = int(((wanted - found[i]).abs() <= distance).sum())
+        multiplicity = int(((exact - found[i]).abs() <= distance).sum())
         raise AssertionError(
-            f"expected the eigenvalues {_listed(wanted)}, got {_listed(found)}: "
+            f"expected the eigenvalues {_listed(exact)}, got {_listed(found)}: "
             f"{found[i]:.10g} came {copies} times and is wanted {multiplicity} times"
         )
 

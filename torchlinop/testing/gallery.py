@@ -98,9 +98,11 @@ def unreduced(criterion: nn.Module, outputs: Tensor, *targets: Tensor) -> Tensor
     return losses.flatten()
 
 
-def _supervised(
+def supervised(
     model: nn.Module, full: tuple[Tensor, ...], sizes: tuple[int, ...], criterion: nn.Module
 ) -> Problem:
+    """The problem of a torch loss between outputs and targets, on batches of these sizes."""
+
     def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         loss: Tensor = criterion(of_inputs(model, batch), *batch[1:])
         return loss
@@ -262,7 +264,7 @@ def regression(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
     full = (torch.randn(11, 4, dtype=dtype), torch.randn(11, 2, dtype=dtype))
-    return _supervised(model, full, sizes, nn.MSELoss())
+    return supervised(model, full, sizes, nn.MSELoss())
 
 
 def binary(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2)) -> Problem:
@@ -270,7 +272,7 @@ def binary(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2
     torch.manual_seed(8)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
     full = (torch.randn(11, 4, dtype=dtype), torch.randint(0, 2, (11, 2)).to(dtype))
-    return _supervised(model, full, sizes, nn.BCEWithLogitsLoss())
+    return supervised(model, full, sizes, nn.BCEWithLogitsLoss())
 
 
 def weighted_classes(
@@ -279,7 +281,7 @@ def weighted_classes(
     """The MLP of ``mlp`` with class weights: batches count the weights of their labels."""
     plain = mlp(dtype)
     criterion = nn.CrossEntropyLoss(torch.tensor([0.2, 1.0, 3.0], dtype=dtype))
-    return _supervised(plain.model, plain.full_batch, sizes, criterion)
+    return supervised(plain.model, plain.full_batch, sizes, criterion)
 
 
 def masked_labels(
@@ -290,7 +292,7 @@ def masked_labels(
     X, y = plain.full_batch
     left_out = (torch.arange(len(y)) % 3 == 0) | (torch.arange(len(y)) > 19)
     full = (X, y.masked_fill(left_out, -100))
-    return _supervised(plain.model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(plain.model, full, sizes, nn.CrossEntropyLoss())
 
 
 class _Mixing(nn.Module):
@@ -319,7 +321,7 @@ def labelled_sequences(
     torch.manual_seed(9)
     model = nn.Sequential(_Mixing(4, 3, 3), _ClassesFirst()).to(dtype)
     full = (torch.randn(6, 4, 3, dtype=dtype), torch.randint(0, 3, (6, 4)))
-    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(model, full, sizes, nn.CrossEntropyLoss())
 
 
 def real_sequences(
@@ -329,7 +331,7 @@ def real_sequences(
     torch.manual_seed(10)
     model = _Mixing(4, 3, 2).to(dtype)
     full = (torch.randn(6, 4, 3, dtype=dtype), torch.randn(6, 4, 2, dtype=dtype))
-    return _supervised(model, full, sizes, nn.MSELoss())
+    return supervised(model, full, sizes, nn.MSELoss())
 
 
 def deep_linear(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5, 4, 2)) -> Problem:
@@ -337,7 +339,7 @@ def deep_linear(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (5,
     torch.manual_seed(11)
     layers = [nn.Linear(i, o, bias=False) for i, o in ((4, 3), (3, 3), (3, 2))]
     full = (torch.randn(11, 4, dtype=dtype), torch.randn(11, 2, dtype=dtype))
-    return _supervised(nn.Sequential(*layers).to(dtype), full, sizes, nn.MSELoss())
+    return supervised(nn.Sequential(*layers).to(dtype), full, sizes, nn.MSELoss())
 
 
 def group_norm(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
@@ -348,7 +350,7 @@ def group_norm(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 
     model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(16, 3))
     model = model.to(dtype)
     full = (torch.randn(7, 1, 4, 4, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(model, full, sizes, nn.CrossEntropyLoss())
 
 
 def weight_norm(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
@@ -357,7 +359,7 @@ def weight_norm(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3,
     layers = [parametrizations.weight_norm(nn.Linear(i, o)) for i, o in ((4, 3), (3, 3))]
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1]).to(dtype)
     full = (torch.randn(7, 4, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(model, full, sizes, nn.CrossEntropyLoss())
 
 
 class _SelfAttention(nn.Module):
@@ -375,7 +377,7 @@ def attention(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2
     """Torch's own multi-head attention on 7 sequences of 5 steps (n = 95)."""
     torch.manual_seed(14)
     full = (torch.randn(7, 5, 4, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(_SelfAttention().to(dtype), full, sizes, nn.CrossEntropyLoss())
+    return supervised(_SelfAttention().to(dtype), full, sizes, nn.CrossEntropyLoss())
 
 
 class _MeanOverSteps(nn.Module):
@@ -389,7 +391,7 @@ def transformer(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3,
     layer = nn.TransformerEncoderLayer(4, 2, 3, 0.0, "gelu", batch_first=True)
     model = nn.Sequential(layer, _MeanOverSteps(), nn.Linear(4, 3)).to(dtype).eval()
     full = (torch.randn(7, 5, 4, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(model, full, sizes, nn.CrossEntropyLoss())
 
 
 class Cube(torch.autograd.Function):
@@ -419,7 +421,7 @@ def custom_function(
     torch.manual_seed(16)
     model = nn.Sequential(nn.Linear(4, 3), _Cubes(), nn.Linear(3, 3)).to(dtype)
     full = (torch.randn(7, 4, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(model, full, sizes, nn.CrossEntropyLoss())
 
 
 def convolutions(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3, 2, 2)) -> Problem:
@@ -434,7 +436,7 @@ def convolutions(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (3
         nn.Linear(8, 3),
     ).to(dtype)
     full = (torch.randn(7, 2, 6, 6, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(model, full, sizes, nn.CrossEntropyLoss())
+    return supervised(model, full, sizes, nn.CrossEntropyLoss())
 
 
 class _Reused(nn.Module):
@@ -453,7 +455,7 @@ def reused_module(
     """A layer through which the data pass twice (n = 35)."""
     torch.manual_seed(18)
     full = (torch.randn(7, 4, dtype=dtype), torch.randint(0, 3, (7,)))
-    return _supervised(_Reused().to(dtype), full, sizes, nn.CrossEntropyLoss())
+    return supervised(_Reused().to(dtype), full, sizes, nn.CrossEntropyLoss())
 
 
 def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,9 @@ def dense_jacobian(
     if not values.requires_grad:
         return values.new_zeros(len(values), sum(p.numel() for p in parameters))
     rows = []
-    for units in torch.eye(len(values), dtype=values.dtype).split(rows_at_once):
+    for units in torch.eye(len(values), dtype=values.dtype, device=values.device).split(
+        rows_at_once
+    ):
         parts = torch.autograd.grad(
             values,
             parameters,
@@ -74,7 +76,7 @@ def dense_empirical_fisher(
 ) -> Tensor:
     """``Σ_n ω_n g_n g_nᵀ`` with g_n the gradient of ``terms()[n]``, N losses without weights."""
     G = dense_jacobian(terms, parameters)
-    omega = torch.as_tensor(weights, dtype=G.dtype).expand(len(G))
+    omega = torch.as_tensor(weights, dtype=G.dtype, device=G.device).expand(len(G))
     return G.T @ (omega[:, None] * G)
 
 

@@ -5,17 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchlinop.errors import OptionError
 from torchlinop.testing.rotated import RotatedOperator
 from torchlinop.testing.spectra import neural, semicircle
 
+_LEAST = 20
+
 
 def stress_spectra(n: int = 200) -> dict[str, Tensor]:
-    """Eigenvalues (n,) in float64, descending, by name; n at least 20.
+    """Eigenvalues (n,) in float64, descending, by name.
 
     Identity and zero are invariant at once, low rank soon, {1, 50} and mirrored pairs after a few
     steps: there recurrences divide by zero. Copies ("4-fold") are missed, outliers ("neural") come
     in ghosts, and absolute thresholds mistake small matrices for zero.
+
+    Raises:
+        OptionError: n is below 20, too few for the outliers of "neural" and a bulk.
     """
+    if n < _LEAST:
+        raise OptionError(f"expected n from {_LEAST} on, got {n}; leave it out for 200")
     i = torch.arange(n, dtype=torch.float64)
     bulk = 0.5 * semicircle(n - 4)
     spectra = {

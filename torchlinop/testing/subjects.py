@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike
+from scipy.sparse.linalg import LinearOperator
 
 from torchlinop.adapters.scipy import from_linear_operator
 from torchlinop.errors import OptionError
@@ -13,27 +16,35 @@ from torchlinop.operators.explicit import LambdaOperator
 
 
 def as_operator(
-    A: Any, *, size: int | None = None, dtype: torch.dtype = torch.float64
+    A: Any, *, size: int | None = None, dtype: torch.dtype | DTypeLike = torch.float64
 ) -> CurvatureOperator:
-    """One of our operators of ours, a SciPy operator, a matrix, a curvlinops operator, a function.
+    """An operator of ours, of SciPy, CuPy or curvlinops, a matrix, or a function, as one of ours.
 
     A torch operator of another library is anything with a torch ``dtype``, a ``shape`` and ``@``.
-    A function takes and gives a vector (n,); its ``size`` n is needed, and its dtype.
+    A function takes and gives a vector (n,), and its ``size`` n is needed: a tensor of this
+    ``dtype``, or, for a dtype of NumPy, an array.
 
     Raises:
         OptionError: a function without ``size``; VectorError: a matrix that is not square.
     """
+    with_grad = torch.enable_grad()  # a product of theirs may differentiate
     if not hasattr(A, "shape") and callable(A):
         if size is None:
             raise OptionError(
                 "expected the size n of a function that multiplies vectors (n,), got none; "
                 "pass size=n"
             )
-        return LambdaOperator(size, A, dtype=dtype)
+        if isinstance(dtype, torch.dtype):
+            return LambdaOperator(size, with_grad(A), dtype=dtype)
+        return from_linear_operator(LinearOperator((size, size), matvec=A, dtype=np.dtype(dtype)))
     foreign = isinstance(getattr(A, "dtype", None), torch.dtype)
     if foreign and not isinstance(A, torch.Tensor | CurvatureOperator):
         device = getattr(A, "device", "cpu")
         return LambdaOperator(
-            A.shape[0], lambda v: A @ v, matmat=lambda V: A @ V, dtype=A.dtype, device=device
+            A.shape[0],
+            with_grad(lambda v: A @ v),
+            matmat=with_grad(lambda V: A @ V),
+            dtype=A.dtype,
+            device=device,
         )
     return from_linear_operator(A)

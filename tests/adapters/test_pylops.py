@@ -1,11 +1,12 @@
-"""Libraries that take SciPy's LinearOperators take the adapter."""
+"""PyLops takes the SciPy adapter: in its composites, its dot test, its solvers."""
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
-from torchlinop import MatrixOperator, as_linear_operator
-from torchlinop.testing.gallery import with_spectrum
+from torchlinop import CountingOperator, GGNOperator, MatrixOperator, as_linear_operator
+from torchlinop.testing.gallery import mlp, of_inputs, with_spectrum
 
 pylops = pytest.importorskip("pylops")
 
@@ -83,3 +84,34 @@ def test_division_of_pylops_solves():
     np.testing.assert_allclose(
         pylops.aslinearoperator(A) / b, np.linalg.solve(D, b), rtol=0, atol=1e-4
     )
+
+
+@precisions
+def test_eigenvalues_by_pylops_are_those_of_the_matrix(dtype):
+    A, D = problem(dtype)
+    v0 = np.ones(N, dtype=A.dtype)
+    values = pylops.aslinearoperator(A).eigs(3, symmetric=True, v0=v0)
+    np.testing.assert_allclose(values, scipy.linalg.eigvalsh(D)[:-4:-1], rtol=rounding(A))
+
+
+def test_a_damped_step_of_a_network_is_a_regularised_inversion_of_pylops():
+    p = mlp()
+    G = GGNOperator(p.model, p.batches, of_inputs, p.criterion)
+    D, b = G.to_dense().numpy(), gaussian(G.size)
+    Op = pylops.aslinearoperator(as_linear_operator(G))
+    # min ||G x - b||^2 + 0.01 ||x||^2 has the solution (G G + 0.01 I)^-1 G b.
+    x = pylops.optimization.leastsquares.regularized_inversion(
+        Op, b, [0.1 * pylops.Identity(G.size)], iter_lim=500, atol=1e-14, btol=1e-14
+    )[0]
+    expected = np.linalg.solve(D @ D + 0.01 * np.eye(G.size), D @ b)
+    np.testing.assert_allclose(x, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_products_of_pylops_are_counted_once():
+    A, _ = problem()
+    counted = CountingOperator(A.operator)
+    Op = pylops.aslinearoperator(as_linear_operator(counted))
+    Op.matvec(gaussian(N))
+    Op.rmatvec(gaussian(N))
+    Op.matmat(gaussian(N, 3))
+    assert counted.matvecs == 5
