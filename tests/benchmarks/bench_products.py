@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import GGN, MATRICES, UNIT
 from memory import memory
 from report import Results, Timed, Used, surroundings
-from timing import measure
-from workloads import TIMED, WORKLOADS, Workload
+
+from torchlinop.bench.candidates import GGN, MATRICES, UNIT
+from torchlinop.bench.timing import measure
+from torchlinop.bench.workloads import TIMED, WORKLOADS, Workload
 
 
 def parsed() -> argparse.Namespace:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import MATRICES, UNITS, gradient
-from timing import wait
-from workloads import WORKLOADS
+
+from torchlinop.bench.candidates import MATRICES, UNITS, gradient
+from torchlinop.bench.timing import wait
+from torchlinop.bench.workloads import WORKLOADS
 
 
 def memory(matrix: str, workload: str, candidate: str, device: str) -> dict[str, Any]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import itertools
 import json
 import math
-import platform
-import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import (
+
+import torchlinop
+from torchlinop.bench.candidates import (
     BLOCKS,
     CL,
     EF,
@@ -30,9 +27,9 @@ from candidates import (
     UNIT_MATH,
     block_of,
 )
-from timing import Measurement
-
-import torchlinop
+from torchlinop.bench.machine import device_name, version
+from torchlinop.bench.tables import geometric_mean, middle, table, verdict
+from torchlinop.bench.timing import Measurement
 
 MIB = 2**20
 ROUNDING = 1e-5  # errors above are shown
@@ -95,26 +92,13 @@ def ratios(measured: dict[str, Measurement], name: str, unit: str = UNIT) -> lis
     return [a / b for a, b in zip(measured[name].seconds, measured[unit].seconds, strict=False)]
 
 
-def middle(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else math.nan
-
-
 def middles(timed: Timed, slow: str, fast: str = UNIT) -> list[float]:
     """The ratio on every workload that has one."""
     found = [middle(ratios(measured, slow, fast)) for measured in timed.values()]
     return [ratio for ratio in found if not math.isnan(ratio)]
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values)) if values else math.nan
-
-
 # Tables
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
 def price_table(matrix: str, timed: Timed, titles: dict[str, str]) -> list[str]:
@@ -249,13 +233,6 @@ def at_most(limit: float, timed: Timed, name: str, unit: str = UNIT) -> list[boo
     return [ratio <= limit for ratio in middles(timed, name, unit)]
 
 
-def verdict(target: str, holds: Sequence[bool]) -> str:
-    """Targets whose peers are missing are not judged."""
-    if not holds:
-        return f"- not judged: {target}"
-    return f"- {'holds' if all(holds) else 'FAILS'} ({sum(holds)} of {len(holds)}): {target}"
-
-
 # Circumstances
 
 
@@ -280,21 +257,3 @@ def surroundings(device: str, repetitions: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "tests/benchmarks/bench_products.py", *sys.argv[1:]]),
     }
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

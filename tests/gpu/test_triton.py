@@ -1,15 +1,24 @@
-"""The Triton kernel of the cross-entropy Hessian on a CUDA device."""
+"""The Triton kernel of the cross-entropy Hessian on the device, against the formula.
+
+On a CPU by Triton's interpreter, with TRITON_INTERPRET=1.
+"""
+
+import os
 
 import pytest
 import torch
+from on_device import DEVICE, anywhere, only_cuda
 
 from torchlinop.losses import fused_cross_entropy
 from torchlinop.losses.fused_cross_entropy import cross_entropy_hvp, cross_entropy_map
 
 pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    *anywhere,
+    pytest.mark.skipif(
+        DEVICE.type == "cpu" and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"
+    ),
 ]
 
 TOLERANCES = {
@@ -28,11 +37,11 @@ LAYOUTS = {
 
 
 def made(shape, dtype=torch.float32, layout="contiguous", block=()):
-    """Logits, weights with masked rows, and u, on the GPU."""
+    """Logits, weights with masked rows, and u, on the device."""
     weights = torch.rand(shape[:-1]) + 0.1
     weights[:, ::3] = 0
     u = torch.randn(*block, *shape)
-    return [t.to("cuda", dtype) for t in (3 * LAYOUTS[layout](shape), weights, u)]
+    return [t.to(DEVICE, dtype) for t in (3 * LAYOUTS[layout](shape), weights, u)]
 
 
 def error(HU, logits, weights, u):
@@ -42,7 +51,10 @@ def error(HU, logits, weights, u):
     return float((HU - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("V", [7, 100, 50257, 130000])
+LARGE = [pytest.param(V, marks=only_cuda) for V in (50257, 130000)]
+
+
+@pytest.mark.parametrize("V", [7, 100, 5000, *LARGE])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_product_is_the_formula(V, dtype):
     arguments = made((3, 5, V), dtype)
@@ -58,6 +70,8 @@ def test_product_of_every_layout_is_the_formula_in_place_too(layout, block):
     assert not HU[..., weights == 0, :].any()
 
 
+@only_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_auto_is_triton_and_waits_for_nothing_and_allocates_the_result_alone():
     logits, weights, u = made((4, 64, 50257))
     cross_entropy_hvp(logits, weights, u)  # compiles
@@ -72,6 +86,7 @@ def test_auto_is_triton_and_waits_for_nothing_and_allocates_the_result_alone():
     assert torch.cuda.max_memory_allocated() - before <= u.nbytes + 2**20
 
 
+@only_cuda
 def test_product_is_captured_by_a_cuda_graph():
     logits, weights, u = made((2, 8, 5000))
     expected = cross_entropy_hvp(logits, weights, u, "triton")
@@ -83,6 +98,7 @@ def test_product_is_captured_by_a_cuda_graph():
     assert torch.equal(HU, expected)
 
 
+@only_cuda
 def test_entries_beyond_32_bits_are_addressed():
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free device memory")
@@ -95,7 +111,16 @@ def test_entries_beyond_32_bits_are_addressed():
     assert error(HU[-1:], *last) <= TOLERANCES[torch.bfloat16]
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=only_cuda)])
 def test_other_backends_give_the_formula_too(backend):
     arguments = made((3, 5, 5000), torch.float64)
     assert error(cross_entropy_hvp(*arguments, backend), *arguments) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("V", [7, 5000])
+def test_kernel_and_eager_formula_agree_in_one_rounding(dtype, V):
+    arguments = made((3, 5, V), dtype)
+    kernel, eager = (cross_entropy_hvp(*arguments, backend) for backend in ("triton", "eager"))
+    largest = float(eager.abs().max())
+    assert float((kernel.double() - eager.double()).abs().max()) <= 2 * TOLERANCES[dtype] * largest

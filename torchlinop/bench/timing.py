@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from candidates import UNITS, Candidate, Matrix, Product
 from torch import Tensor
-from workloads import Workload
+
+from torchlinop.bench.candidates import UNITS, Candidate, Matrix, Product
+from torchlinop.bench.workloads import Workload
 
 TOLERANCE = 1e-4  # relative error between candidates of ours, in float32
 SAMPLE_SECONDS = 0.05  # a sample repeats short products until it takes about as long
@@ -57,8 +58,8 @@ def measure(w: Workload, matrix: Matrix, repetitions: int) -> dict[str, Measurem
             failures[name] = Measurement(failure=f"fails: {str(error).splitlines()[0][:100]}")
     samples: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(repetitions):
-        for name, candidate in ready.items():
-            samples[name].append(candidate.seconds_per_vector())
+        for name, warm in ready.items():
+            samples[name].append(warm.seconds_per_vector())
     measured = {
         name: Measurement(tuple(samples[name]), r.error, r.notes) for name, r in ready.items()
     }
@@ -68,6 +69,7 @@ def measure(w: Workload, matrix: Matrix, repetitions: int) -> dict[str, Measurem
 def prepare(
     name: str, candidate: Candidate, w: Workload, V: Tensor, references: dict[str, Tensor]
 ) -> Ready:
+    """Build it, multiply, compare with the product of the first candidate that is its equal."""
     block = V[:, : candidate.columns].contiguous()
     with logged("torchlinop") as notes:
         product = candidate.build(w)
@@ -92,16 +94,30 @@ def disagreement(name: str, Av: Tensor, reference: Tensor) -> float:
 
 
 def seconds(product: Product, V: Tensor, calls: int) -> float:
-    """Of one call, averaged."""
+    """Of one call, averaged; by events of the device where there is one."""
     wait(V)
+    if V.is_cuda:
+        return _seconds_of_device(product, V, calls)
     start = time.perf_counter()
     for _ in range(calls):
         product(V)
-    wait(V)
     return (time.perf_counter() - start) / calls
 
 
+def _seconds_of_device(product: Product, V: Tensor, calls: int) -> float:
+    with torch.cuda.device(V.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            product(V)
+        end.record()
+        end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1000 / calls
+
+
 def wait(V: Tensor) -> None:
+    """Until the device of V has done its work."""
     if V.is_cuda:
         torch.cuda.synchronize(V.device)
 

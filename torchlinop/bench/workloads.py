@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ class Workload:
         return logits
 
     def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean cross-entropy of logits."""
         return nn.functional.cross_entropy(outputs, batch[1].flatten())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -71,7 +74,7 @@ def mlp(device: torch.device) -> Workload:
     hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
     model = nn.Sequential(*hidden, nn.Linear(256, 10))
     batch = torch.randn(1797, 64), torch.randint(10, (1797,))
-    return _on(device, "MLP 64-256-256-10, 1,797 rows", model, batch)
+    return placed(device, "MLP 64-256-256-10, 1,797 rows", model, batch)
 
 
 def cnn(device: torch.device) -> Workload:
@@ -81,22 +84,38 @@ def cnn(device: torch.device) -> Workload:
     second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 8 * 8, 10))
     batch = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-    return _on(device, "CNN, 128 images 3x32x32", model, batch)
+    return placed(device, "CNN, 128 images 3x32x32", model, batch)
 
 
 def gpt2(device: torch.device) -> Workload:
     """A GPT-2 of 4 layers, width 128 and 5,000 tokens, on 4 sequences of 128 tokens."""
-    import transformers
+    config = {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 5000, "n_positions": 128}
+    title = "GPT-2, 4 layers d=128 V=5000, 4x128 tokens"
+    return language_model(device, title, "GPT2", config, (4, 128))
 
+
+def language_model(
+    device: torch.device,
+    title: str,
+    name: str,
+    config: dict[str, Any],
+    shape: tuple[int, int],
+) -> Workload:
+    """A language model of transformers by its config, with random weights, on random tokens.
+
+    Raises:
+        ModuleNotFoundError: transformers is missing.
+    """
+    transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    config = transformers.GPT2Config(
-        n_layer=4, n_embd=128, n_head=4, vocab_size=5000, n_positions=128
-    )
-    model = NextTokenLogits(transformers.GPT2LMHeadModel(config))
-    tokens = torch.randint(5000, (4, 129))
+    made = getattr(transformers, f"{name}Config")(**config)
+    head = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}[name]
+    model = NextTokenLogits(getattr(transformers, head)(made))
+    sequences, length = shape
+    tokens = torch.randint(made.vocab_size, (sequences, length + 1))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
-    return _on(device, "GPT-2, 4 layers d=128 V=5000, 4x128 tokens", model, batch, attention=True)
+    return placed(device, title, model, batch, attention=True)
 
 
 def vocabulary(device: torch.device) -> Workload:
@@ -104,7 +123,7 @@ def vocabulary(device: torch.device) -> Workload:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20000, 32), nn.Linear(32, 20000))
     batch = torch.randint(20000, (1024,)), torch.randint(20000, (1024,))
-    return _on(device, "embedding d=32 and head, V=20,000, 1,024 tokens", model, batch)
+    return placed(device, "embedding d=32 and head, V=20,000, 1,024 tokens", model, batch)
 
 
 WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
@@ -116,9 +135,10 @@ WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
 TIMED = ("mlp", "cnn", "gpt2")
 
 
-def _on(
+def placed(
     device: torch.device, title: str, model: nn.Module, batch: Batch, attention: bool = False
 ) -> Workload:
+    """In evaluation mode, on the device."""
     inputs, targets = batch
-    placed = inputs.to(device), targets.to(device)
-    return Workload(title, model.eval().to(device), placed, attention)
+    there = inputs.to(device), targets.to(device)
+    return Workload(title, model.eval().to(device), there, attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from workloads import Workload
 
 import torchlinop
+from torchlinop.bench.workloads import Workload
 
 Product = Callable[[Tensor], Tensor]
 Build = Callable[[Workload], Product]
@@ -58,6 +59,8 @@ class Matrix:
 
 
 def gradient(w: Workload) -> Product:
+    """The gradient of the loss, whatever the vector."""
+
     def product(V: Tensor) -> Tensor:
         gradients = torch.autograd.grad(w.loss(w.model, w.batch), w.parameters)
         return gradients[0]
@@ -66,6 +69,7 @@ def gradient(w: Workload) -> Product:
 
 
 def gradient_of_second_derivatives(w: Workload) -> Product:
+    """The gradient by the kernels that Hessian products need."""
     plain = gradient(w)
 
     def product(V: Tensor) -> Tensor:
@@ -87,6 +91,8 @@ UNITS = {UNIT: Candidate(gradient), UNIT_MATH: Candidate(gradient_of_second_deri
 
 
 def hessian(**options: Any) -> Build:
+    """Ours."""
+
     def build(w: Workload) -> Product:
         return torchlinop.HessianOperator(w.model, [w.batch], w.loss, **options).matmat
 
@@ -94,15 +100,16 @@ def hessian(**options: Any) -> Build:
 
 
 def hessian_by_eigenthings(w: Workload) -> Product:
-    import hessian_eigenthings as peer
-
+    """hessian-eigenthings, reverse over reverse."""
+    peer = importlib.import_module("hessian_eigenthings")
     return _eigenthings(w, peer.HessianOperator(w.model, [w.batch], w.loss))
 
 
 def _eigenthings(w: Workload, operator: Any) -> Product:
     def product(V: Tensor) -> Tensor:
         with second_derivatives(w):
-            return operator.matvec(V[:, 0])[:, None]
+            Av: Tensor = operator.matvec(V[:, 0])
+            return Av[:, None]
 
     return product
 
@@ -111,15 +118,15 @@ def by_curvlinops(name: str) -> Build:
     """The operator of that name, of any of the matrices."""
 
     def build(w: Workload) -> Product:
-        import curvlinops as peer
-
+        peer = importlib.import_module("curvlinops")
         operator = getattr(peer, name)(
             w.model, nn.CrossEntropyLoss(), w.parameters, [w.batch], check_deterministic=False
         )
 
         def product(V: Tensor) -> Tensor:
             with second_derivatives(w):
-                return operator @ V if V.shape[1] > 1 else (operator @ V[:, 0])[:, None]
+                AV: Tensor = operator @ V if V.shape[1] > 1 else (operator @ V[:, 0])[:, None]
+                return AV
 
         return product
 
@@ -130,6 +137,8 @@ def by_curvlinops(name: str) -> Build:
 
 
 def gauss_newton(**options: Any) -> Build:
+    """Ours."""
+
     def build(w: Workload) -> Product:
         return torchlinop.GGNOperator(
             w.model, [w.batch], w.outputs, nn.CrossEntropyLoss(), **options
@@ -139,8 +148,8 @@ def gauss_newton(**options: Any) -> Build:
 
 
 def gauss_newton_by_eigenthings(w: Workload) -> Product:
-    import hessian_eigenthings as peer
-
+    """hessian-eigenthings, by finite differences."""
+    peer = importlib.import_module("hessian_eigenthings")
     return _eigenthings(w, peer.GGNOperator(w.model, [w.batch], w.outputs, w.loss_of_outputs))
 
 
@@ -168,7 +177,8 @@ def empirical_fisher_of_samples(**options: Any) -> Build:
 
 
 def empirical_fisher_by_eigenthings(w: Workload) -> Product:
-    import hessian_eigenthings as peer
+    """hessian-eigenthings, whose terms are samples."""
+    peer = importlib.import_module("hessian_eigenthings")
 
     def loss_of_sample(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = sample

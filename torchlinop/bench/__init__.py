@@ -1,0 +1,1 @@
+"""Benchmarks against gradients and peers; ``python -m torchlinop.bench gpu --out DIR``."""
