@@ -23,6 +23,7 @@ from torchlinop.spectrum import (
     compute_spectrum,
     lanczos_algorithm,
 )
+from torchlinop.testing import spectra
 from torchlinop.testing.gallery import mlp, regression, with_spectrum
 from torchlinop.testing.oracles import dense_ggn, dense_hessian
 
@@ -185,18 +186,41 @@ def test_any_operator_has_a_spectrum():
     assert (result.operator, result.is_psd) == ("MatrixOperator", False)
 
 
-def test_an_interrupted_run_returns_what_there_is_and_spends_no_more():
-    A, _ = with_spectrum(torch.tensor([9.0, 8, 7, 6, 5] + [0.01] * 95, dtype=float64))
-    left = iter(range(5))
+def interrupted_after(products, eigenvalues):
+    """The matrix, whose user loses patience in the product after so many."""
+    A, _ = with_spectrum(torch.as_tensor(eigenvalues, dtype=float64))
+    calls = iter(range(1000))
 
     def product(v):
-        if next(left, None) is None:
+        if next(calls) == products:
             raise KeyboardInterrupt
         return A @ v
 
+    return LambdaOperator(len(A), product, dtype=float64)
+
+
+def test_an_interrupted_run_returns_what_there_is_and_spends_no_more():
+    A = interrupted_after(5, [9.0, 8, 7, 6, 5] + [0.01] * 95)
     with pytest.warns(NotConvergedWarning, match="pairs reached"):
-        result = lanczos_algorithm(LambdaOperator(100, product, dtype=float64), LanczosConfig(k=4))
+        result = lanczos_algorithm(A, LanczosConfig(k=4))
     assert result.operator_calls <= 6
     assert 5 < result.max_eigenvalue < 9 + 1e-12
     assert math.isnan(result.min_eigenvalue)
     assert math.isnan(result.negative_fraction)
+
+
+@pytest.mark.filterwarnings("ignore::torchlinop.errors.TorchlinopWarning")
+@pytest.mark.parametrize("phase", ["the other end", "masses by quadrature", "masses exactly"])
+def test_what_is_cut_short_after_the_pairs_is_unknown_and_not_wrong(phase):
+    probes = 4 if phase == "masses exactly" else 1
+    config = LanczosConfig(k=3, num_probes=probes, num_steps=40)
+    eigenvalues = spectra.neural(100)
+    whole = lanczos_algorithm(interrupted_after(-1, eigenvalues), config)
+    after = whole.iterations + 3 if phase == "the other end" else whole.operator_calls - 20
+    cut = lanczos_algorithm(interrupted_after(after, eigenvalues), config)
+    assert cut.converged
+    assert cut.operator_calls <= whole.operator_calls
+    assert math.isnan(cut.min_eigenvalue) == (phase == "the other end")
+    assert math.isnan(cut.negative_fraction)
+    assert math.isnan(cut.negative_mass)
+    assert "interrupted: numbers that are NaN were not computed" in cut.warnings

@@ -173,7 +173,8 @@ def _result(
     if is_psd:
         numbers = of_psd(values, errors)
     else:
-        numbers = of_indefinite(op, config, values, errors, further=found.status != "interrupted")
+        further = found.status != "interrupted"
+        numbers = of_indefinite(op, config, values, errors, warnings, further=further)
     return SpectrumResult(
         eigenvalues=values,
         ritz_residuals=found.residual_norms[order].cpu(),

@@ -34,7 +34,8 @@ class LanczosConfig:
     max_iters: int | None = None  # the budget of products; steps, if there are no restarts
     tol: float | None = None  # of ‖A x − λ x‖ / |λ|; by the dtype unless given, see lanczos
     # "auto" is "full", with restarts; "selective" is "local", the last five vectors; "off" is
-    # "none". Without restarts, converged eigenvalues come in copies, of which one each is kept.
+    # "none". In these two converged eigenvalues come in copies; those that agree to rounding are
+    # reported once, others may be among the k, which have not converged then.
     reorth_mode: ReorthMode = "auto"
     reorth_period: int = 0  # has no effect
     reorth_window: int = 0  # has no effect

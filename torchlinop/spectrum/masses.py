@@ -27,10 +27,15 @@ def masses(op: CurvatureOperator, config: LanczosConfig, rounding: float) -> Mas
     """Both masses; eigenvalues of a size up to ``rounding`` have no sign, if they are all known.
 
     Costs ``num_probes num_steps`` products, or n if that is less.
+
+    Raises:
+        KeyboardInterrupt: before all of them are taken; fewer steps would claim what is not so.
     """
     if op.size <= config.num_probes * config.num_steps:
         return _exact(op, rounding)
     quadrature = slq(op, config.num_probes, config.num_steps, seed=config.seed)
+    if quadrature.warnings:  # nothing but Ctrl-C ends it early
+        raise KeyboardInterrupt
     fraction = quadrature.negative_mass()
     negative = quadrature.spectral_sum(lambda t: (-t).clamp_min(0)).samples
     total = quadrature.spectral_sum(torch.abs).samples

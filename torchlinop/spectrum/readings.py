@@ -65,19 +65,27 @@ def of_psd(values: Tensor, errors: Tensor) -> Readings:
 
 
 def of_indefinite(
-    op: CurvatureOperator, config: LanczosConfig, values: Tensor, errors: Tensor, *, further: bool
-) -> Readings:
-    """Of the k descending eigenvalues, and by ``further`` products, without which some are NaN."""
+    op: CurvatureOperator, config: LanczosConfig, values: Tensor, errors: Tensor,
+    warnings: list[str], *, further: bool,
+) -> Readings:  # fmt: skip
+    """Of the k descending eigenvalues, and by ``further`` products, without which some are NaN.
+
+    What is cut short by Ctrl-C is NaN as well: an end half sought would be taken for the end.
+    """
     smallest = _known(values.flip(0), errors.flip(0), op.size, sign=-1)
     largest = _known(values, errors, op.size, sign=1)
     norm = float(values.abs().max())
-    if further and math.isnan(smallest):
-        smallest = _sought(op, config, "SA", -norm)
-    if further and math.isnan(largest):
-        largest = _sought(op, config, "LA", norm)
-    below = -noise(op) * norm
+    below, share = -noise(op) * norm, Masses()
+    try:
+        if further and math.isnan(smallest):
+            smallest = _sought(op, config, "SA", -norm, warnings)
+        if further and math.isnan(largest):
+            largest = _sought(op, config, "LA", norm, warnings)
+        if further and config.num_probes:
+            share = masses(op, config, -below)
+    except KeyboardInterrupt:
+        warnings.append("interrupted: numbers that are NaN were not computed")
     negative = bool(values[-1] < below) or smallest < below
-    share = masses(op, config, -below) if further and config.num_probes else Masses()
     return Readings(
         max_eigenvalue=largest,
         min_eigenvalue=smallest,
@@ -101,11 +109,16 @@ def _known(values: Tensor, errors: Tensor, n: int, *, sign: int) -> float:
 
 
 def _sought(
-    op: CurvatureOperator, config: LanczosConfig, which: Literal["SA", "LA"], norm: float
-) -> float:
+    op: CurvatureOperator, config: LanczosConfig, which: Literal["SA", "LA"], norm: float,
+    warnings: list[str],
+) -> float:  # fmt: skip
     """The eigenvalue at an end that is nearer to zero than the other, by a run of its own."""
     # Shifted, so that the tolerance is one of ‖A‖: relative to an end near zero it would be out of
     # reach, as eigenvalues crowd there.
     tol = max(_END_TOL, noise(op))
     found = lanczos(op.shift(-norm), 1, which=which, tol=tol, seed=config.seed)
+    if found.status == "interrupted":
+        raise KeyboardInterrupt
+    end = "smallest" if which == "SA" else "largest"
+    warnings += [f"of the {end} eigenvalue: {warning}" for warning in found.warnings]
     return float(found.eigenvalues[0]) + norm
