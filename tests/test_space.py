@@ -16,6 +16,29 @@ def test_the_inner_product_of_blocks_is_conjugate_linear_in_the_first():
     torch.testing.assert_close(space.norm(X) ** 2, space.inner(X, X).diagonal().real)
 
 
+@pytest.mark.parametrize("columns", [(1, 1), (3, 2), (20, 1)])
+def test_sums_of_a_million_single_precision_products_are_those_of_double_precision(columns):
+    space = VectorSpace(1_000_003, torch.float32, torch.device("cpu"))
+    k, m = columns
+    X = space.random(k, 0)
+    Y = X[:, :1] + 0.1 * space.random(m, 1)
+    exact = X.double().mT @ Y.double()
+    lengths = X.double().norm(dim=0)
+    assert space.inner(X, Y).dtype == space.norm(X).dtype == torch.float64
+    assert float((space.inner(X, Y) - exact).abs().max()) < 3e-7 * float(exact.abs().max())
+    torch.testing.assert_close(space.norm(X), lengths, rtol=3e-7, atol=0)
+    torch.testing.assert_close(space.norm(X[:, 0]), lengths[0], rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
+def test_inner_products_and_norms_are_in_double_precision_whatever_the_entries(dtype):
+    space = VectorSpace(20_000, dtype, torch.device("cpu"))
+    X = 600 * space.random(2).mT.contiguous().mT
+    exact = X.to(torch.promote_types(dtype, torch.float64))
+    torch.testing.assert_close(space.inner(X, X), exact.mH @ exact, rtol=1e-6, atol=1e4)
+    torch.testing.assert_close(space.norm(X), exact.norm(dim=0), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sphere"])
 def test_columns_do_not_depend_on_how_many_are_drawn(distribution):
     four, two = SPACE.random(4, 7, distribution), SPACE.random(2, 7, distribution)

@@ -20,7 +20,7 @@ def small_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def inner(space: VectorSpace, X: Tensor, Y: Tensor) -> Tensor:
     """``X^H Y`` in double precision."""
-    return space.inner(X, Y).to(small_dtype(X.dtype))
+    return space.inner(X, Y)
 
 
 def subtract(W: Tensor, V: Tensor, H: Tensor) -> None:
@@ -76,7 +76,7 @@ class Basis:
 
     def project(self, W: Tensor, stop: int, start: int = 0) -> Tensor:
         """``W -= V H`` in place, with ``H = V^H W`` of columns ``start`` to ``stop``."""
-        parts = [inner(self.space, V, W) for _, V in self._groups(start, stop)]
+        parts = [self.space.inner(V, W) for _, V in self._groups(start, stop)]
         empty = torch.zeros(0, W.shape[1], dtype=small_dtype(W.dtype), device=W.device)
         H = torch.cat([empty, *parts])
         for columns, V in self._groups(start, stop):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner, small_dtype, subtract
+from torchlinop.algorithms.basis import small_dtype, subtract
 from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.space import VectorSpace
 
@@ -50,7 +50,7 @@ class OrthonormalColumns(ColumnBuffer):
         """``(I - Q Qᵀ) G`` with the first ``size`` columns of Q, or all of them; new memory."""
         G, Q = G.clone(), self.Q[:, :size]
         for _ in range(2):
-            subtract(G, Q, inner(self._space, Q, G))
+            subtract(G, Q, self._space.inner(Q, G))
         return G
 
     def _extend(self, y: Tensor, r: Tensor) -> None:
@@ -58,10 +58,10 @@ class OrthonormalColumns(ColumnBuffer):
         q = self.append(y)
         lengths = []
         for _ in range(_PROJECTIONS):
-            h = inner(self._space, Q, q)
+            h = self._space.inner(Q, q)
             subtract(q, Q, h)
             r[:j] += h
-            lengths.append(self._space.norm(q.to(r.dtype)))
+            lengths.append(self._space.norm(q))
         alive = lengths[-1] > _LEFT * lengths[-2]
         q.mul_(torch.where(alive, 1 / lengths[-1], 0.0).to(q.dtype))
         r[j] = torch.where(alive, lengths[-1], 0.0)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import Basis, inner, small_dtype, subtract
+from torchlinop.algorithms.basis import Basis, small_dtype, subtract
 from torchlinop.algorithms.products import working_dtype
 from torchlinop.space import VectorSpace
 
@@ -31,10 +31,10 @@ def factored(space: VectorSpace, W: Tensor, threshold: Tensor | float) -> tuple[
     for i in range(w):
         q = W[:, i : i + 1]
         for _ in range(2 if i else 0):  # "Twice is enough" (Parlett 1980, section 6.9)
-            h = inner(space, W[:, :i], q)
+            h = space.inner(W[:, :i], q)
             subtract(q, W[:, :i], h)
             R[:i, i : i + 1] += h
-        beta = space.norm(q).double()[0]
+        beta = space.norm(q)[0]
         alive = beta > threshold
         q.mul_(torch.where(alive, 1 / beta, 0.0).to(real_dtype(W)))
         R[i, i] = torch.where(alive, beta, 0.0)
@@ -55,7 +55,7 @@ def random_block(space: VectorSpace, columns: int, seed: int, draw: int) -> Tens
 
 def removed(space: VectorSpace, V: Tensor, W: Tensor) -> Tensor:
     """``W -= V H`` in place, and ``H = V^H W``."""
-    H = inner(space, V, W)
+    H = space.inner(V, W)
     subtract(W, V, H)
     return H
 
@@ -72,6 +72,6 @@ def complete(basis: Basis, size: int, Q: Tensor, columns: int, *, seed: int, dra
         if size:
             basis.project(Z, size)
         if Q.shape[1]:
-            subtract(Z, Q, inner(basis.space, Q, Z))
+            subtract(Z, Q, basis.space.inner(Q, Z))
         orthonormalize(basis.space, Z, 0.0)
     return torch.cat([Q, Z], dim=1)

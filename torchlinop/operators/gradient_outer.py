@@ -34,7 +34,7 @@ class OuterProductOperator(CurvatureOperator):
 
     def _matmat(self, V: Tensor) -> Tensor:
         g = self.g[:, None]
-        return g @ self.space.inner(g, V)
+        return g @ self.space.inner(g, V).to(V.dtype)
 
 
 class GradientOuterOperator(OuterProductOperator):
