@@ -16,18 +16,23 @@ from torchlinop.errors import OptionError, TorchlinopError
 from torchlinop.parameters import ParameterLayout, Slot
 
 _KEY = "torchlinop"  # under which the header is found
+_COMPLEX = "torchlinop.complex"  # and the names of tensors that are complex
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write the tensors, moved to the CPU, and the header.
+    """Write the tensors, moved to the CPU, and the header. Complex tensors are stored as pairs.
 
     Raises:
         OptionError: the package safetensors is not installed, or the path cannot be written.
     """
     safetensors = _safetensors()
-    dense = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    # Not every version of safetensors has complex numbers.
+    numbers = {name: t.detach().resolve_conj() for name, t in tensors.items()}
+    pairs = {name: torch.view_as_real(t) for name, t in numbers.items() if t.is_complex()}
+    dense = {name: t.cpu().contiguous().clone() for name, t in (numbers | pairs).items()}
+    metadata = {_KEY: json.dumps(header), _COMPLEX: json.dumps([*pairs])}
     try:
-        safetensors.torch.save_file(dense, str(path), metadata={_KEY: json.dumps(header)})
+        safetensors.torch.save_file(dense, str(path), metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise OptionError(
             f"cannot write {path} ({error}); pass the path of a file in a directory that exists"
@@ -52,6 +57,10 @@ def read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor
             f"cannot read {path} as a safetensors file ({error}); pass the path of a file written "
             "by .save"
         ) from error
+    with intact(path):
+        for name in json.loads(metadata.get(_COMPLEX, "[]")):
+            # Cloned, as numbers in the file are aligned to 8 bytes, not to 16.
+            tensors[name] = torch.view_as_complex(tensors[name].clone())
     return tensors, _header(path, metadata)
 
 
@@ -66,7 +75,7 @@ def intact(path: str | Path) -> Iterator[None]:
         yield
     except TorchlinopError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise OptionError(
             f"{path} is damaged or incomplete ({type(error).__name__}: {error}); pass a file as "
             ".save wrote it"

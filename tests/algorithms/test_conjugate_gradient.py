@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchlinop import CountingOperator, MatrixOperator
-from torchlinop.algorithms import linear_system
+from torchlinop.algorithms import column_iteration
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.solve import inverse, solve
 from torchlinop.algorithms.solve_result import SolveResult
@@ -68,7 +68,7 @@ def test_looking_one_step_late_costs_one_iteration_more(method, monkeypatch):
     A, Q = with_spectrum(POSITIVE)
     B = torch.stack([Q[:, 5], Q[:, 0] + Q[:, 60], Q.sum(1)], 1)
     prompt = solve(MatrixOperator(A), B, method=method, rtol=1e-9)
-    monkeypatch.setattr(linear_system, "LateLook", OneStepLate)
+    monkeypatch.setattr(column_iteration, "LateLook", OneStepLate)
     late = solve(MatrixOperator(A), B, method=method, rtol=1e-9)
     assert late.converged.all()
     assert (late.iterations - prompt.iterations).max() <= 2

@@ -158,6 +158,7 @@ def start(op):
     ],
     ids=["cg", "minres", "minres indefinite", "solve", "inverse", "exp"],
 )
+@pytest.mark.filterwarnings("ignore:.*rounding forbids more")  # of exp in bfloat16
 def test_functions_of_a_matrix_are_those_of_numpy(kind, dtype, question, f):
     A = matrix(dtype)
     op = kind(A)

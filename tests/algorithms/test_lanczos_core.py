@@ -6,12 +6,16 @@ from eigen_spectra import matrix, spectrum
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchlinop import DiagonalOperator, LambdaOperator, MatrixOperator
+from torchlinop import CountingOperator, DiagonalOperator, LambdaOperator, MatrixOperator
 from torchlinop.algorithms.basis import Basis
+from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.krylov_schur import KrylovDecomposition
 from torchlinop.algorithms.lanczos import lanczos
+from torchlinop.algorithms.lobpcg import lobpcg
 from torchlinop.algorithms.orthogonal import factored, orthonormalize, random_block
+from torchlinop.algorithms.power_iteration import deflated_power_iteration
 from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.randomized_eigh import randomized_eigh
 from torchlinop.algorithms.scaled_product import scaled_product
 from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
 
@@ -32,6 +36,30 @@ def test_no_residual_is_larger_than_claimed_where_rounding_is_all(name, dtype, t
     # The difference itself is rounded: products of n = 300 entries in float64, by about √n ε / 16.
     rounding = 2 * torch.finfo(torch.float64).eps * float(spectrum(name, 300).abs().max())
     assert (true <= 1.1 * result.residual_norms + rounding).all()
+
+
+SOLVERS = {
+    "partial": lambda op, tol: lanczos(op, 5, 50, tol=tol, reorthogonalize="partial"),
+    "local": lambda op, tol: lanczos(op, 5, 50, tol=tol, reorthogonalize="local"),
+    "none": lambda op, tol: lanczos(op, 5, 50, tol=tol, reorthogonalize="none"),
+    "verify": lambda op, tol: lanczos(op, 5, 200, tol=tol, verify=True),
+    "lobpcg": lambda op, tol: lobpcg(op, 5, 250, tol=tol),
+    "recurrence": lambda op, tol: lobpcg(op, 5, 250, tol=tol, verify=False),
+    "power": lambda op, tol: deflated_power_iteration(op, 2, 60, tol=tol),
+    "randomized": lambda op, tol: randomized_eigh(op, 5, tol=tol, power_iterations=3),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torchlinop.errors.TorchlinopWarning")
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-15), (torch.float32, 1e-7)])
+@pytest.mark.parametrize("name", ["slow", "rank 5", "4-fold", "condition 1e16"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_solver_claims_a_residual_below_the_true_one(solver, name, dtype, tol):
+    A = matrix(spectrum(name, 50), dtype)
+    result = SOLVERS[solver](MatrixOperator(A), tol)
+    A, X = A.double(), result.eigenvectors.double()
+    true = torch.linalg.vector_norm(A @ X - X * result.eigenvalues.double(), dim=0)
+    assert (true <= 1.1 * result.residual_norms).all()
 
 
 def test_directions_dropped_at_a_breakdown_are_part_of_the_residual():
@@ -167,3 +195,28 @@ def test_a_step_allocates_one_vector_besides_the_product_and_reads_nothing_back(
         V.expand()
     assert allocated.count <= 2  # the product, and a copy in which an operator may hand it out
     assert allocated.syncs == 0
+
+
+@pytest.fixture(scope="module")
+def slowly_decaying():
+    """diag(i^(-1/2)) of a million entries, in single precision."""
+    d = torch.arange(1, 1_000_001, dtype=torch.float64).pow(-0.5).float()
+    return LambdaOperator(len(d), lambda v: d * v), d
+
+
+def test_rounding_of_long_sums_neither_ends_a_run_nor_looks_like_asymmetry(slowly_decaying):
+    A, d = slowly_decaying
+    counted = CountingOperator(A)
+    result = lanczos(counted, 5)
+    assert result.status == "converged"
+    assert counted.matvecs == result.matvecs <= 45  # no products of a check of symmetry
+    torch.testing.assert_close(result.eigenvalues, d[:5], rtol=1e-6, atol=0)
+
+
+def test_conjugate_gradients_of_a_million_single_precision_entries_reach_their_last_digit():
+    d = torch.linspace(1, 30, 1_000_000)
+    A, b = LambdaOperator(len(d), lambda v: d * v), torch.ones(len(d))
+    result = conjugate_gradient(A, b, rtol=3e-7)
+    residual = torch.linalg.vector_norm(d.double() * result.x.double() - b)
+    assert float(residual) <= 4e-7 * len(d) ** 0.5
+    assert result.iterations <= 60

@@ -9,6 +9,9 @@ from eigen_spectra import F64, matrix, spectrum
 from torchlinop import CountingOperator, LambdaOperator, MatrixOperator
 from torchlinop.algorithms import eigen_request
 from torchlinop.algorithms.lanczos import lanczos
+from torchlinop.algorithms.lobpcg import lobpcg
+from torchlinop.algorithms.power_iteration import deflated_power_iteration
+from torchlinop.algorithms.randomized_eigh import randomized_eigh
 from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
 from torchlinop.errors import (
     MemoryEstimateError,
@@ -111,4 +114,16 @@ def test_bad_starts_are_refused_before_any_product(v0, message):
     counted = CountingOperator(OPERATOR)
     with pytest.raises(VectorError, match=message):
         lanczos(counted, 5, v0=v0, block_size=2)
+    assert counted.matvecs == 0
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [lanczos, lobpcg, deflated_power_iteration, randomized_eigh],
+)
+@pytest.mark.parametrize("seed", [-1, 0.5])
+def test_what_is_no_seed_is_refused_before_any_product(solver, seed):
+    counted = CountingOperator(OPERATOR)
+    with pytest.raises(OptionError, match=f"expected seed to be an integer from 0 on, got {seed}"):
+        solver(counted, 3, seed=seed)
     assert counted.matvecs == 0

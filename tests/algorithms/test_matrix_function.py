@@ -5,10 +5,11 @@ import torch
 
 from torchlinop import LambdaOperator, MatrixOperator
 from torchlinop.algorithms.matrix_function import apply_function
-from torchlinop.errors import NonFiniteError, OptionError, VectorError
+from torchlinop.errors import NonFiniteError, NotConvergedWarning, OptionError, VectorError
 from torchlinop.testing.gallery import with_spectrum
 
 F64 = torch.float64
+unconverged = pytest.mark.filterwarnings("ignore:.*columns not converged")
 FUNCTIONS = {"exp": torch.exp, "sqrt": torch.sqrt, "log": torch.log, "1/x": torch.reciprocal}
 
 
@@ -29,6 +30,7 @@ def test_functions_equal_those_of_the_dense_matrix(f, dtype, tolerance):
     assert (errors <= tolerance * exact.norm(dim=0)).all()
 
 
+@unconverged
 @pytest.mark.parametrize("f", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("steps", [5, 10, 20, 40])
 def test_the_estimated_error_is_not_less_than_the_true_one(f, steps):
@@ -57,9 +59,10 @@ def test_a_vector_gives_a_vector_and_zero_gives_zero():
 def test_the_root_of_a_projection_is_itself():
     eigenvalues = torch.tensor([0.0, 1.0], dtype=F64).repeat_interleave(20)
     A, B, exact = problem(eigenvalues, torch.sqrt)
-    torch.testing.assert_close(
-        apply_function(MatrixOperator(A), torch.sqrt, B).x, exact, rtol=1e-7, atol=1e-7
-    )
+    with pytest.warns(NotConvergedWarning, match="rounding forbids more. Raise rtol"):
+        result = apply_function(MatrixOperator(A), torch.sqrt, B)
+    assert result.steps == 5  # the first look after its Krylov space of two is exhausted
+    torch.testing.assert_close(result.x, exact, rtol=1e-7, atol=1e-7)
 
 
 def test_half_precision_products_keep_their_vectors_in_float32():
@@ -79,6 +82,7 @@ STRESS = {
 }  # fmt: skip
 
 
+@unconverged
 @pytest.mark.parametrize("spectrum", STRESS)
 @pytest.mark.parametrize("f", [torch.exp, torch.sqrt, torch.sign, torch.abs])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -99,12 +103,14 @@ def test_signs_of_an_indefinite_matrix_are_those_of_its_eigenvalues():
     torch.testing.assert_close(result.x, exact, rtol=0, atol=1e-8)
 
 
+@unconverged
 def test_what_rounding_does_to_a_logarithm_is_in_the_estimate():
     A, B, exact = problem(torch.logspace(-5, 0, 100, dtype=F64), torch.log)
     result = apply_function(MatrixOperator(A.float()), torch.log, B.float())
     assert ((result.x - exact).norm(dim=0) <= 2 * result.error_estimates).all()
 
 
+@unconverged
 @pytest.mark.parametrize("keep_basis", [True, False])
 @pytest.mark.parametrize("stop", ["interrupted", "out of time"])
 def test_a_stopped_run_returns_what_its_steps_give(stop, keep_basis):
@@ -119,10 +125,12 @@ def test_a_stopped_run_returns_what_its_steps_give(stop, keep_basis):
 
     op = LambdaOperator(100, lambda v: A @ v, matmat=matmat, dtype=F64)
     limit = {} if stop == "interrupted" else {"max_seconds": 1e-9}
-    result = apply_function(op, torch.log, B, keep_basis=keep_basis, **limit)
     steps = 7 if stop == "interrupted" else 1
+    with pytest.warns(
+        NotConvergedWarning, match=f"{stop}: 3 columns not converged after {steps} s"
+    ):
+        result = apply_function(op, torch.log, B, keep_basis=keep_basis, **limit)
     assert result.steps == steps
-    assert result.warnings == (f"{stop}: 3 columns not converged after {steps} steps",)
     expected = apply_function(MatrixOperator(A), torch.log, B, steps).x
     torch.testing.assert_close(result.x, expected, rtol=1e-12, atol=1e-12)
 
@@ -144,7 +152,8 @@ def test_small_vectors_do_not_vanish_in_float32():
 
 def test_too_few_steps_are_said_to_be_too_few():
     A, B, _ = problem(torch.logspace(-6, 0, 100, dtype=F64), torch.log)
-    result = apply_function(MatrixOperator(A), torch.log, B, 10)
+    with pytest.warns(NotConvergedWarning, match="3 columns not converged after 10 steps; raise"):
+        result = apply_function(MatrixOperator(A), torch.log, B, 10)
     assert not result.converged.any()
     assert "0 of 3 converged | 10 steps" in repr(result)
     assert "3 columns not converged after 10 steps; raise steps" in repr(result)

@@ -11,7 +11,7 @@ from torchlinop.algorithms.distribution_bounds import sharp_bounds
 from torchlinop.algorithms.quadrature import logdet, quadrature_size, slq
 from torchlinop.algorithms.quadrature_result import Quadrature
 from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
-from torchlinop.errors import NonFiniteError, OptionError, VectorError
+from torchlinop.errors import NonFiniteError, NotConvergedWarning, OptionError, VectorError
 from torchlinop.testing.gallery import with_spectrum
 
 F64 = torch.float64
@@ -288,7 +288,8 @@ def interrupted_at(A, product):
 
 def test_an_interrupted_quadrature_has_the_complete_probes():
     A = with_spectrum(semicircle(100))[0]
-    interrupted = slq(interrupted_at(A, 25), 6, 10, probes_at_once=2)
+    with pytest.warns(NotConvergedWarning, match="interrupted after 10 of 10 steps of 4 of 6"):
+        interrupted = slq(interrupted_at(A, 25), 6, 10, probes_at_once=2)
     assert interrupted.warnings == ("interrupted after 10 of 10 steps of 4 of 6 probes",)
     torch.testing.assert_close(interrupted.nodes, slq(MatrixOperator(A), 4, 10).nodes)
 
@@ -300,7 +301,8 @@ def test_a_quadrature_interrupted_before_its_first_product_is_none():
 
 def test_an_interrupted_quadrature_has_the_steps_taken():
     A = with_spectrum(semicircle(100))[0]
-    interrupted = slq(interrupted_at(A, 6), 3, 50)
+    with pytest.warns(NotConvergedWarning, match="interrupted after 6 of 50 steps"):
+        interrupted = slq(interrupted_at(A, 6), 3, 50)
     assert interrupted.num_steps == 6
     assert interrupted.warnings == ("interrupted after 6 of 50 steps of 3 of 3 probes",)
     torch.testing.assert_close(
@@ -360,7 +362,7 @@ def test_impossible_questions_are_refused(call, error, message):
 
 
 def test_products_that_are_not_finite_are_named():
-    with pytest.raises(NonFiniteError, match="hold NaN or infinity, by product 8"):
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity, by product 4"):
         slq(MatrixOperator(torch.full((5, 5), math.nan)), 2, 4)
 
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from torchlinop import ParameterLayout
+from torchlinop import EigenResult, MatrixOperator, ParameterLayout, lanczos
 from torchlinop.algorithms.result import Result
 from torchlinop.errors import OptionError
 from torchlinop.tensor_file import read, write
@@ -36,6 +36,14 @@ class Other(Result):
     count: int
 
 
+@dataclass(frozen=True)
+class Whole(Result):
+    rows: Tensor
+    part: Answer
+
+    _parts: ClassVar[dict[str, type[Result]]] = {"part": Answer}
+
+
 LAYOUT = ParameterLayout.of(nn.Linear(2, 3))
 ANSWER = Answer(
     torch.tensor([2.0, math.nan], dtype=torch.float64),
@@ -51,6 +59,50 @@ def test_every_kind_of_field_survives_a_file(tmp_path):
     assert torch.equal(loaded.coarse, ANSWER.coarse)
     names = ("count", "error", "exact", "missing", "dtype", "layout", "warnings")
     assert [getattr(loaded, n) for n in names] == [getattr(ANSWER, n) for n in names]
+
+
+def test_a_result_is_saved_within_another(tmp_path):
+    whole = Whole(torch.eye(2), ANSWER)
+    whole.save(tmp_path / "w.safetensors")
+    loaded = Whole.load(tmp_path / "w.safetensors")
+    assert torch.equal(loaded.rows, whole.rows)
+    assert repr(loaded.part) == repr(ANSWER)
+    whole.save_npz(tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as arrays:
+        assert arrays["part.values"][0] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_survive_a_file(dtype, tmp_path):
+    X = torch.randn(3, 2, dtype=dtype)
+    write(tmp_path / "x", {"X": X, "adjoint": X.mH, "one": torch.ones(1)}, {})
+    tensors, _ = read(tmp_path / "x", "cpu")
+    assert torch.equal(tensors["X"], X)
+    assert torch.equal(tensors["adjoint"], X.mH)
+    assert tensors["one"].dtype == torch.float32
+
+
+def test_complex_eigenpairs_survive_a_file(tmp_path):
+    A = torch.tensor([[2, 1j], [-1j, 3]], dtype=torch.complex128)
+    result = lanczos(MatrixOperator(A), 1)
+    result.save(tmp_path / "e.safetensors")
+    assert torch.equal(
+        EigenResult.load(tmp_path / "e.safetensors").eigenvectors, result.eigenvectors
+    )
+
+
+@pytest.mark.parametrize("cls", Result.__subclasses__(), ids=lambda cls: cls.__name__)
+def test_a_result_equals_itself_alone(cls):
+    """Comparing tensors field by field has no truth value."""
+    if cls.__module__.startswith("torchlinop"):
+        assert cls.__eq__ is object.__eq__
+
+
+def test_a_table_has_a_row_an_entry():
+    pytest.importorskip("pandas")
+    table = ANSWER.to_dataframe()
+    assert list(table.columns) == ["values"]
+    assert table["values"][0] == 2
 
 
 def test_a_file_of_another_result_is_refused(tmp_path):

@@ -70,6 +70,16 @@ def test_an_inverse_that_does_not_converge_warns_of_its_residual():
         inverse(MatrixOperator(A), max_iter=5) @ B
 
 
+@pytest.mark.parametrize(
+    ("known", "damping", "inverse_known"),
+    [(True, 0.0, True), (True, 0.1, True), (True, -0.1, False), (False, 0.1, False)],
+)
+def test_the_inverse_of_a_positive_semidefinite_matrix_is_one(known, damping, inverse_known):
+    op = LambdaOperator(9, lambda v: v)
+    op.positive_semidefinite = known
+    assert inverse(op, damping).positive_semidefinite == inverse_known
+
+
 def test_running_out_of_memory_is_named():
     with pytest.raises(MemoryEstimateError, match="ran out in product 10"):
         solve(limited(3, RuntimeError("not enough memory")), B)

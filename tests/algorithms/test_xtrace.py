@@ -191,7 +191,7 @@ def test_xnystrace_refuses_a_matrix_with_negative_eigenvalues():
 @pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
 def test_matrices_that_are_not_symmetric_are_refused(method):
     A = torch.randn(60, 60, generator=torch.Generator().manual_seed(0)).double()
-    with pytest.raises(SymmetryError, match="expected a symmetric matrix"):
+    with pytest.raises(SymmetryError, match=r"<u,Av>-<v,Au>"):
         trace(LambdaOperator(60, lambda v: A @ v, dtype=torch.float64), 20, method=method)
 
 

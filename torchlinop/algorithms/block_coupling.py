@@ -10,6 +10,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from torchlinop.algorithms.probes import refuse_seed
 from torchlinop.algorithms.products import multiply, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.errors import OptionError
@@ -22,7 +23,7 @@ _SHOWN = 10  # blocks in a repr
 _CHANCE = 1e-3  # of naming some block of a linear map, of many entries
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BlockCoupling(Result):
     """For every block b, the rows ``f = (A v)_b`` of a product against ``k = A_bb v_b``.
 
@@ -120,12 +121,13 @@ def block_coupling(
 
     Raises:
         NoParametersError: the operator has no named parameters.
-        OptionError: unknown ``by`` or ``distribution``, or fewer than two probes.
+        OptionError: unknown ``by`` or ``distribution``, no such seed, or fewer than two probes.
         NonFiniteError: a product holds NaN or infinity; MemoryEstimateError: memory ran out.
 
     Source: the metrics of Granziol and Juarev, Hessian spectral analysis at foundation model
     scale, arXiv:2602.00816, section 6, as ratios of means.
     """
+    refuse_seed(seed)
     if num_probes < 2:
         raise OptionError(
             f"expected num_probes to be at least 2, for standard errors, got {num_probes}; "

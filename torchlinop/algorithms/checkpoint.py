@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchlinop.algorithms.result import optional
 from torchlinop.errors import OptionError
-from torchlinop.tensor_file import read, write
+from torchlinop.tensor_file import intact, read, write
 
 _KIND = "checkpoint"
 
@@ -48,18 +47,15 @@ class Checkpoint:
             return None
         tensors, header = read(self.path, "cpu")
         self._refuse_another(header)
-        for name in header["complex"]:  # numbers in the file are aligned to 8 bytes, not to 16
-            tensors[name] = torch.view_as_complex(tensors[name].clone())
-        return tensors, header["numbers"]
+        with intact(self.path):
+            return tensors, header["numbers"]
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Replace the file, at once: an interruption leaves the old state or the new one."""
-        # Not every version of safetensors has complex numbers.
-        pairs = {name: torch.view_as_real(t) for name, t in tensors.items() if t.is_complex()}
-        header = {"kind": _KIND, "of": self.fingerprint, "complex": [*pairs]}
+        header = {"kind": _KIND, "of": self.fingerprint}
         part = self.path.with_name(f"{self.path.name}.part")
         try:
-            write(part, {**tensors, **pairs}, header | {"numbers": dict(numbers)})
+            write(part, tensors, header | {"numbers": dict(numbers)})
             os.replace(part, self.path)
         finally:
             part.unlink(missing_ok=True)
@@ -70,7 +66,8 @@ class Checkpoint:
                 f"expected a checkpoint in {self.path}, got another file of torchlinop; "
                 "pass the path of a checkpoint, or of no file"
             )
-        theirs, ours = header["of"], self.fingerprint
+        with intact(self.path):
+            theirs, ours = dict(header["of"]), self.fingerprint
         different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if different:
             raise OptionError(

@@ -8,8 +8,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.column_iteration import solve_by
 from torchlinop.algorithms.iterates import Iterate, Method
-from torchlinop.algorithms.linear_system import SolveOptions, System, solve_by
+from torchlinop.algorithms.linear_system import SolveOptions, System
 from torchlinop.algorithms.solve_result import SolveResult
 from torchlinop.operators.base import CurvatureOperator
 

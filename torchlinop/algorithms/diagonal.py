@@ -30,6 +30,7 @@ from torchlinop.algorithms.sketched_range import (
     normals,
     refuse_asymmetric,
 )
+from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.algorithms.unit_scale import UnitScale
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -39,7 +40,7 @@ DiagonalMethod = Literal["xdiag", "hutchinson"]
 _ENTRIES = 2**22  # of temporary memory
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DiagonalResult(Result):
     """An estimate of the diagonal of A, entry by entry."""
 
@@ -192,7 +193,7 @@ def _xdiag(products: Products, num_matvecs: int, seed: int) -> _Found:
     stopped = taken(products, sketch.grow(num_matvecs // 2), lambda: sketch.size)
     Q, Z, Omega = sketch.Q, sketch.Z, sketch.Omega
     R, T = on_host(products, sketch.R, inner(products.operator.space, Z, Omega))
-    refuse_asymmetric(products.operator, R, T)
+    refuse_asymmetric(SymmetryWatch(products, seed), R, T)
     S = normals(R)
     estimate, stderr = Q.new_empty(2, len(Q))
     # Rows are independent of each other.

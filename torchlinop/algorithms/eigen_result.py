@@ -17,7 +17,7 @@ from torchlinop.parameters import ParameterLayout
 _SHOWN = 10  # eigenpairs in a repr
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class EigenResult(Result):
     """k eigenpairs, in the order wanted. Unpacks as ``eigenvalues, eigenvectors = result``."""
 

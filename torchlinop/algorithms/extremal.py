@@ -11,8 +11,9 @@ import torch
 
 from torchlinop.algorithms.early_stop import announced, notes, taken
 from torchlinop.algorithms.probes import Probes, refuse_num_matvecs, refuse_seed
-from torchlinop.algorithms.products import Products, roundoff, run_of_products
+from torchlinop.algorithms.products import Products, breakdown, roundoff
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.tridiagonal import LanczosTridiag, Recurrence, start_vector
 from torchlinop.algorithms.unit_scale import UnitScale
 from torchlinop.errors import DefinitenessError
@@ -22,7 +23,7 @@ _MISSED = 0.005  # probability that a bound does not hold
 ROUNDINGS = 50  # roundings in an eigenvalue
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ExtremalEigenvalues(Result):
     """The smallest and largest eigenvalue from inside, and bounds from outside.
 
@@ -90,8 +91,8 @@ def bracket(
     refuse_num_matvecs(num_matvecs)
     refuse_seed(seed)
     A = UnitScale(op)
-    with run_of_products(
-        A, total=num_matvecs, max_seconds=max_seconds, progress=progress
+    with symmetric_run(
+        A, seed=seed, total=num_matvecs, max_seconds=max_seconds, progress=progress
     ) as products:
         T, stopped = _lanczos(products, min(num_matvecs, op.size), seed)
     theta, Y = torch.linalg.eigh(T.matrix())
@@ -123,7 +124,7 @@ class _Options(TypedDict, total=False):
     progress: bool
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ConditionNumber(Result):
     """``λ_max / λ_min`` of a positive matrix, at least ``estimate``.
 
@@ -170,7 +171,7 @@ def condition_number(
         OptionError: fewer than one product; NonFiniteError: a product holds NaN or infinity.
     """
     ends = extremal_eigenvalues(op, num_matvecs, **options)
-    noise = ROUNDINGS * roundoff(op.dtype) * ends.largest
+    noise = breakdown(op.dtype) * ends.largest
     if ends.smallest < -abs(noise):
         raise DefinitenessError(
             f"{op!r} has an eigenvalue of at most {ends.smallest:.3g}: expected none below zero. "

@@ -18,6 +18,7 @@ from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import KrylovDecomposition, Limits, Run, Status, Which
 from torchlinop.algorithms.orthogonal import random_block
 from torchlinop.algorithms.plain_lanczos import plain_lanczos
+from torchlinop.algorithms.probes import refuse_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of
 from torchlinop.algorithms.ritz_result import Found, finished
@@ -101,7 +102,7 @@ def lanczos(
         strict: raise NotConvergedError, which carries the result, in place of a warning.
 
     Raises:
-        OptionError, VectorError: k, ncv, max_iter, tol, which, block_size, v0 do not fit; the
+        OptionError, VectorError: k, ncv, max_iter, tol, which, block_size, seed, v0 do not fit; the
             checkpoint is of other options, or of another matrix.
         MemoryEstimateError: the basis does not fit into the memory that is free.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
@@ -118,6 +119,7 @@ def lanczos(
         basis_dtype, basis_device,
     )  # fmt: skip
     request.refuse()
+    refuse_seed(seed)
     file = RunFile(checkpoint, request, seed)
     request = file.as_begun(request)
     target = request.target()

@@ -16,6 +16,7 @@ from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target, Which
 from torchlinop.algorithms.orthogonal import IN_SPAN, orthonormalize, real_dtype
+from torchlinop.algorithms.probes import refuse_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, RayleighRitz, residual_block
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
@@ -58,7 +59,7 @@ def lobpcg(
     set by the gap behind them. A pair has converged when ‖A x − λ x‖ ≤ tol |λ| (or
     tol ε^(2/3) ‖A‖, for smaller |λ|), and takes no further products unless that changes.
 
-    Costs at most ``max_iter`` products, at most k + guard in a call, and 9 (k + guard) vectors.
+    Costs at most ``max_iter`` products, at most k + guard in a call, and 10 (k + guard) vectors.
     The host waits for the device twice an iteration. Ctrl-C returns what there is.
 
     Args:
@@ -89,13 +90,13 @@ def lobpcg(
         tensor([1., 2.], dtype=torch.float64)
     """
     target = target_of(op, k, _checked(which), tol)
+    refuse_seed(seed)
     guard = max(2, k // 2) if guard is None else guard
     b = min(op.size, k + guard)
     budget = 200 * b if max_iter is None else max_iter
     _refuse(op, preconditioner, guard, budget, b + k * verify)
-    X = starting_block(op, v0, b, seed)
     with run_of_products(op, total=budget, max_seconds=max_seconds, progress=progress) as products:
-        blocks = Blocks(products, preconditioner, X, seed)
+        blocks = Blocks(products, preconditioner, starting_block(op, v0, b, seed), seed)
         limits = Limits(budget - k * verify)
         found = Iteration(blocks, target, limits, verify).run()
     return finished(products, found, target, seed=seed, strict=strict)
@@ -142,11 +143,14 @@ class Blocks:
     def refresh(self, ritz: Ritz, k: int) -> Ritz:
         """Take the products of the first k Ritz vectors instead of combining those of S."""
         self.AS.put(0, self.products.columns(self.S.columns(0, k)))
-        return dataclasses.replace(ritz, residuals=self._residuals(ritz.values))
+        return dataclasses.replace(
+            ritz, residuals=self.projector.claimed(self._residuals(ritz.values))
+        )
 
     def _residuals(self, values: Tensor) -> Tensor:
         """The norms (b,) of R, which is made anew."""
         X, AX = self._leading(self.b)
+        self.R = X[:, :0]  # the memory is for the new one
         self.R, norms = residual_block(self.space, X, AX, values, self.projector.norm)
         return norms
 
@@ -250,7 +254,7 @@ class Iteration:
             self.history,
             f"LOBPCG, blocks of {b}",
             basis_size=3 * b,
-            peak_bytes=bytes_of(X, 9 * b),
+            peak_bytes=bytes_of(X, 10 * b),
             restarts=max(0, self.refreshed - 1),
         )
 

@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.early_stop import announced
 from torchlinop.algorithms.node_values import ScalarFunction, values_at
-from torchlinop.algorithms.products import Products, run_of_products
+from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
+from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal, tridiagonals
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -23,7 +26,7 @@ _PLATEAU = 0.95  # no slower convergence is extrapolated
 _ROUNDING = 4  # roundoffs of ‖x‖, below which no change can be seen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FunctionResult(Result):
     """``f(A) b`` for one or several b."""
 
@@ -74,13 +77,14 @@ def apply_function(
 
     Costs ``steps`` products of width k and memory for ``steps`` blocks; ``keep_basis=False`` needs
     three blocks and multiplies twice, for a second pass over the same vectors. Ctrl-C, or the end
-    of ``max_seconds``, in the first pass returns what its steps give, with a warning. ``progress``
-    shows a bar, on a terminal.
+    of ``max_seconds``, in the first pass returns what its steps give. A warning counts the columns
+    that are not converged. ``progress`` shows a bar, on a terminal.
 
     Raises:
         OptionError: no step allowed, or a negative tolerance.
         VectorError: b is no vector of this space, or f does not act entrywise.
-        NonFiniteError: f is not finite at a Ritz value, or products are not.
+        NonFiniteError: f is not finite at a Ritz value, or products are not; SymmetryError: A is
+            not symmetric, or its products do not repeat.
         MemoryEstimateError: memory ran out.
 
     Source: Saad, SIAM J. Numer. Anal. 29 (1992); without reorthogonalisation: Musco, Musco and
@@ -93,7 +97,7 @@ def apply_function(
             f"rtol={rtol}; leave them out for 100 and √eps"
         )
     last = min(steps, op.size)
-    with run_of_products(
+    with symmetric_run(
         op, total=b[:1].numel() * last, max_seconds=max_seconds, progress=progress
     ) as A:
         B, units = right_hand_sides(A, b)
@@ -101,12 +105,12 @@ def apply_function(
         V = B / norms.where(norms > 0, 1.0).to(B.dtype)
         lanczos = _FirstPass(A, V, f, rtol, keep_basis)
         ended = lanczos.run(last)
-        C, errors, converged = lanczos.look()
+        C, errors, converged, exhausted = lanczos.look()
         vectors = iter(lanczos.basis) if keep_basis else _again(A, V)
         X = torch.zeros_like(B)
         for v, c in zip(islice(vectors, len(C)), C.to(B.device), strict=True):
             X.addcmul_(v, (norms * c).to(B.dtype))
-        return FunctionResult(
+        result = FunctionResult(
             (X * units.to(X)).reshape(b.shape),
             errors * norms.cpu() * units,
             converged,
@@ -115,8 +119,18 @@ def apply_function(
             A.matvecs,
             X.dtype,
             A.seconds,
-            _warnings(ended, converged, len(C)),
+            _warnings(ended, converged, exhausted, len(C)),
         )
+    return announced(result)
+
+
+class _Look(NamedTuple):
+    """What Lanczos coefficients say of every column."""
+
+    C: Tensor  # (steps, k) ``f(T) e₁``
+    errors: Tensor  # (k,) estimated, for b of norm one
+    converged: Tensor  # (k,) bool
+    exhausted: Tensor  # (k,) bool: the Krylov space is invariant, and further steps are zero
 
 
 class _FirstPass:
@@ -130,14 +144,16 @@ class _FirstPass:
         self.basis: list[Tensor] = []
 
     def run(self, last: int) -> str:
-        """Until all columns converged; the word for what ended it before, or none."""
+        """Until no column gains by more; the word for what ended it before, or none."""
         try:
             for step in range(1, last + 1):
                 v = self.recurrence.advance()
                 if self.keep_basis:
                     self.basis.append(v)
-                if step % _BETWEEN_LOOKS == 0 and self.look()[2].all():
-                    return ""
+                if step % _BETWEEN_LOOKS == 0:
+                    seen = self.look()
+                    if (seen.converged | seen.exhausted).all():
+                        return ""
                 if self.A.late and step < last:
                     return "out of time"
         except KeyboardInterrupt:
@@ -150,8 +166,8 @@ class _FirstPass:
     def _steps(self) -> int:
         return len(self.basis) if self.keep_basis else self.recurrence.steps
 
-    def look(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``f(T) e₁`` of every column (steps, k), estimated errors, and which are converged."""
+    def look(self) -> _Look:
+        """At the steps so far. Waits for the device."""
         alphas, betas = self.recurrence.coefficients()
         Ts = tridiagonals((alphas[: self._steps], betas[: self._steps]))
         C = torch.zeros(self._steps, len(Ts), dtype=torch.float64)
@@ -162,7 +178,9 @@ class _FirstPass:
             errors[i] += _rounding(self.f, T, torch.finfo(self.A.operator.dtype).eps, self.A.noise)
         sizes = torch.linalg.vector_norm(C, dim=0)
         errors = errors.where(sizes > 0, 0.0)
-        return C, errors, errors <= self.rtol * sizes
+        everything = self._steps == self.A.operator.size
+        exhausted = torch.tensor([T.exhausted or everything for T in Ts], dtype=torch.bool)
+        return _Look(C, errors, errors <= self.rtol * sizes, exhausted)
 
 
 def _again(A: Products, V: Tensor) -> Iterator[Tensor]:
@@ -215,8 +233,10 @@ def _rounding(f: ScalarFunction, T: Tridiagonal, eps: float, noise: float) -> Te
     return norms
 
 
-def _warnings(ended: str, converged: Tensor, steps: int) -> tuple[str, ...]:
+def _warnings(ended: str, converged: Tensor, exhausted: Tensor, steps: int) -> tuple[str, ...]:
     if converged.all():
         return ()
     missing = f"{int((~converged).sum())} columns not converged after {steps} steps"
+    if (converged | exhausted).all():
+        return (f"{missing}, which are all there are: rounding forbids more. Raise rtol",)
     return (f"{ended}: {missing}" if ended else f"{missing}; raise steps",)

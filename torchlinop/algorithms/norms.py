@@ -24,9 +24,10 @@ from torchlinop.algorithms.probes import (
     unit_vectors,
 )
 from torchlinop.algorithms.products import Products, roundoff, run_of_products
-from torchlinop.algorithms.quadrature import slq
+from torchlinop.algorithms.quadrature import quadrature_of
 from torchlinop.algorithms.quadrature_result import Rule
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.algorithms.unit_scale import UnitScale
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -38,7 +39,7 @@ _KNOWN = 1e-5  # of ‖A‖: how sharply a Ritz value must be known to count as 
 _USUAL = {2: 20, "fro": 60, "nuc": 10 * _STEPS}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class NormResult(Result):
     """An estimate of a norm of A, and where the norm is: with probability 0.99 for the 2-norm,
     0.95 for the others.
@@ -194,10 +195,12 @@ def _nuclear(
     op: CurvatureOperator, num_matvecs: int, seed: int, max_seconds: float, progress: bool
 ) -> _Found:
     if num_matvecs >= op.size:
-        return _dense_nuclear(op, num_matvecs, max_seconds, progress)
+        return _dense_nuclear(op, num_matvecs, seed, max_seconds, progress)
     steps = min(_STEPS, max(1, num_matvecs // 2))
     A = UnitScale(op)
-    q = slq(A, num_matvecs // steps, steps, seed=seed, max_seconds=max_seconds, progress=progress)
+    q = quadrature_of(
+        A, num_matvecs // steps, steps, seed=seed, max_seconds=max_seconds, progress=progress
+    )
     total = q.spectral_sum(torch.abs)
     low, high = total.confidence_interval(0.95)
     scale = max(map(abs, q.range))
@@ -215,7 +218,7 @@ def _nuclear(
 
 
 def _dense_nuclear(
-    op: CurvatureOperator, num_matvecs: int, max_seconds: float, progress: bool
+    op: CurvatureOperator, num_matvecs: int, seed: int, max_seconds: float, progress: bool
 ) -> _Found:
     A = UnitScale(op)
     with run_of_products(
@@ -223,6 +226,7 @@ def _dense_nuclear(
     ) as products:
         columns = [products(E) for E in unit_vectors(products)]
         (dense,) = on_host(products, torch.cat(columns, dim=1).to(small_dtype(products.dtype)))
+        SymmetryWatch(products, seed).defect(dense)
     found = A.scale * float(torch.linalg.eigvalsh(dense).abs().sum())
     return _Found(found, 0.0, found, found, op.size, products.seconds)
 

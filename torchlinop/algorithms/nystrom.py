@@ -10,7 +10,7 @@ from torch import Tensor
 from torchlinop.algorithms.basis import inner, small_dtype
 from torchlinop.algorithms.extremal import extremal_eigenvalues
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
-from torchlinop.algorithms.probes import on_host
+from torchlinop.algorithms.probes import on_host, refuse_seed
 from torchlinop.algorithms.products import roundoff, run_of_products
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import DefinitenessError, OptionError
@@ -87,10 +87,11 @@ def nystrom(
         seed: of the columns.
 
     Raises:
-        OptionError: rank or shift do not fit.
+        OptionError: rank, shift or seed do not fit.
         DefinitenessError: A has a negative eigenvalue; NonFiniteError: products are not finite.
     """
     _refuse(op, rank, shift)
+    refuse_seed(seed)
     _refuse_negative(op, seed)
     space, eps = op.space, roundoff(op.dtype)
     Omega = starting_block(op, None, rank, seed)

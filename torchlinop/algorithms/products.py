@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.errors import MemoryEstimateError, NonFiniteError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.progress import products_shown
@@ -31,6 +30,11 @@ def roundoff(dtype: torch.dtype) -> float:
     Half precision rounds every entry by up to eps / 2; the errors of many entries average.
     """
     return max(torch.finfo(working_dtype(dtype)).eps, torch.finfo(dtype).eps / 16)
+
+
+# What is left unseen of a residual, in roundoffs of ‖A‖: products round, and so do combinations of
+# them. Measured on the test spectra: with 2, one claim in four is too small, by up to 1.9.
+ROUNDING = 5.0
 
 
 def breakdown(dtype: torch.dtype) -> float:
@@ -100,11 +104,11 @@ class Products:
 
     def dots(self, X: Tensor, Y: Tensor) -> Tensor:
         """``⟨x_i, y_i⟩`` of every column, (k,)."""
-        return inner(self.operator.space, X, Y).diagonal().real
+        return self.operator.space.inner(X, Y).diagonal().real
 
     def norms(self, X: Tensor) -> Tensor:
         """``‖x_i‖`` of every column, (k,)."""
-        return self.operator.space.norm(X).double()
+        return self.operator.space.norm(X)
 
     def refuse_non_finite(self, *small: Tensor) -> None:
         """Raise NonFiniteError if NaN or infinity has come into these, by products of A."""

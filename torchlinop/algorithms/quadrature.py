@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.checkpoint import Checkpoint
+from torchlinop.algorithms.early_stop import announced
 from torchlinop.algorithms.estimates import refuse_probability
-from torchlinop.algorithms.probes import Probes
-from torchlinop.algorithms.products import Products, run_of_products
+from torchlinop.algorithms.probes import Probes, refuse_seed
+from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.quadrature_result import Quadrature, SpectralSum
+from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import Stage, ThreeTermRecurrence, tridiagonals
 from torchlinop.errors import NonFiniteError, OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -53,17 +55,46 @@ def slq(
     products and memory for three blocks (n, probes at once).
 
     Ctrl-C, or the end of ``max_seconds``, returns the probes that are complete, or else the steps
-    taken, with a warning in the result. ``checkpoint`` is a file that the state is written to
+    taken, with a warning. ``checkpoint`` is a file that the state is written to
     then, and a few times on the way; where it exists, the run goes on from it, and ends as if it
     had never been interrupted, bit by bit. It must be that of the same operator, at the same
     parameters and on the same data. ``progress`` shows a bar, on a terminal.
 
     Raises:
-        OptionError: fewer than one probe or step; the checkpoint is of another problem.
-        NonFiniteError: products are not finite; MemoryEstimateError: memory ran out.
+        OptionError: fewer than one probe or step, or no such seed; the checkpoint is of another
+            problem.
+        NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix;
+            MemoryEstimateError: memory ran out.
 
     Source: Golub and Meurant 2010, chapter 4; Ubaru, Chen and Saad, SIMAX 38 (2017).
     """
+    return announced(
+        quadrature_of(
+            op,
+            num_probes,
+            num_steps,
+            seed=seed,
+            probes_at_once=probes_at_once,
+            max_seconds=max_seconds,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+    )
+
+
+def quadrature_of(
+    op: CurvatureOperator,
+    num_probes: int,
+    num_steps: int,
+    *,
+    seed: int,
+    probes_at_once: int | None = None,
+    max_seconds: float = math.inf,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+) -> Quadrature:
+    """``slq`` without a warning to the caller."""
+    refuse_seed(seed)
     at_once = num_probes if probes_at_once is None else probes_at_once
     if min(num_probes, num_steps, at_once) < 1:
         raise OptionError(
@@ -71,8 +102,8 @@ def slq(
             f"and {num_steps} steps; leave them out for 10 and 80"
         )
     steps = min(num_steps, op.size)
-    with run_of_products(
-        op, total=num_probes * steps, max_seconds=max_seconds, progress=progress
+    with symmetric_run(
+        op, seed=seed, total=num_probes * steps, max_seconds=max_seconds, progress=progress
     ) as A:
         run = _Run(A, num_probes, steps, at_once, seed, checkpoint)
         return run.result(run.go())

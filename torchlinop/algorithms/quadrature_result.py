@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     residuals: Tensor  # (m,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpectralSum(Result):
     """``tr f(A) = Σ f(λ_i)``, estimated."""
 
@@ -68,7 +68,7 @@ class SpectralSum(Result):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quadrature(Result):
     """Gauss quadratures of the spectral measure of a matrix (n, n), one for every probe.
 

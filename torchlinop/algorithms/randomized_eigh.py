@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
+from torchlinop.algorithms.probes import refuse_seed
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector
 from torchlinop.algorithms.ritz_result import Found, bytes_of, eigen_result
@@ -37,10 +38,11 @@ def randomized_eigh(
     blocks, and 4 blocks of memory. The host waits for the device once a block.
 
     Raises:
-        OptionError: k, oversampling, power_iterations or tol do not fit.
+        OptionError: k, oversampling, power_iterations, seed or tol do not fit.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
     """
     target = target_of(op, k, "LM", tol)
+    refuse_seed(seed)
     if oversampling < 0 or power_iterations < 0:
         raise OptionError(
             "expected oversampling and power_iterations to be at least 0, got "
@@ -52,7 +54,7 @@ def randomized_eigh(
     with run_of_products(op) as products:
         for draw in range(1, blocks):
             AQ = products.columns(Q)
-            rounding = target.zero * space.norm(AQ).double().max()
+            rounding = target.zero * space.norm(AQ).max()
             Q = independent(space, AQ, rounding, width, seed=seed, draw=draw)
         ritz, X = Projector(products, seed).pairs(Q, products.columns(Q), "LM", k)
     found = Found(

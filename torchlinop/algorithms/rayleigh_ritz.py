@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.krylov_schur import Ritz, Which, order_of
 from torchlinop.algorithms.orthogonal import real_dtype
-from torchlinop.algorithms.products import Products, roundoff
+from torchlinop.algorithms.products import ROUNDING, Products, roundoff
 from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.space import VectorSpace
 
@@ -50,7 +49,7 @@ class Projector:
         Raises:
             NonFiniteError, SymmetryError: the products are not those of a symmetric matrix.
         """
-        H, G = torch.stack([inner(self.space, S, AS), inner(self.space, S, S)]).cpu()
+        H, G = torch.stack([self.space.inner(S, AS), self.space.inner(S, S)]).cpu()
         self.products.refuse_non_finite(G)
         self.floor = max(self.floor, self.watch.defect(H, self.norm))
         alive = G.diagonal().real > 0.5
@@ -59,7 +58,7 @@ class Projector:
         F[alive] = torch.linalg.inv(L.mH)
         values, vectors = torch.linalg.eigh(F.mH @ ((H + H.mH) / 2) @ F)
         self.norm = max(self.norm, float(values.abs().max()))
-        self.floor = max(self.floor, 2 * self.eps * self.norm)
+        self.floor = max(self.floor, ROUNDING * self.eps * self.norm)
         order = order_of(values, which)
         return RayleighRitz(values[order], vectors[:, order], F)
 
@@ -75,10 +74,15 @@ class Projector:
         return self.ritz(small, residuals), X
 
     def ritz(self, small: RayleighRitz, residuals: Tensor) -> Ritz:
-        """The leading pairs, as many as there are residuals."""
+        """The leading pairs, as many as there are residuals, to which their rounding is added."""
         b = len(residuals)
         nothing = small.vectors[:0]
+        residuals = self.claimed(residuals)
         return Ritz(small.values[:b], small.vectors, residuals, nothing, self.norm, self.floor)
+
+    def claimed(self, residuals: Tensor) -> Tensor:
+        """These, as measured, and the rounding in them: independent, so that squares add up."""
+        return (residuals**2 + self.floor**2).sqrt()
 
 
 def residual_block(
@@ -91,4 +95,4 @@ def residual_block(
     unit = 2.0 ** math.frexp(norm)[1] if norm else 1.0
     R = AX / unit
     R -= X * (values / unit).to(device=X.device, dtype=real_dtype(X))
-    return R, unit * space.norm(R).double().cpu()
+    return R, unit * space.norm(R).cpu()

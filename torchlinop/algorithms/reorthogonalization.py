@@ -21,29 +21,32 @@ _WINDOW = 5  # vectors, as users of local reorthogonalisation choose
 class Policy(Protocol):
     """Makes w, after the three-term recurrence, orthogonal to columns of V, in place."""
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
-        """``alpha`` (j + 1,) and ``beta`` (j,) are known, and so are j + 1 columns of V."""
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
+        """The length () of what was taken from w, on the device: T knows nothing of it.
+
+        ``alpha`` (j + 1,) and ``beta`` (j,) are known, and so are j + 1 columns of V.
+        """
 
 
 class Full:
     """To all, once: the recurrence was the first of the two passes that are enough."""
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
-        V.project(w, len(alpha))
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
+        return _length(V.project(w, len(alpha)))
 
 
 class Window:
     """To the last few. Copies of converged eigenvalues ("ghosts") still appear."""
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
-        V.project(w, len(alpha), max(0, len(alpha) - _WINDOW))
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
+        return _length(V.project(w, len(alpha), max(0, len(alpha) - _WINDOW)))
 
 
 class Nothing:
     """To none but by the recurrence. Copies of converged eigenvalues appear."""
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
-        pass
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
+        return torch.zeros_like(alpha[0])
 
 
 class Partial:
@@ -59,13 +62,19 @@ class Partial:
         self._before, self._now = np.zeros(0), np.ones(1)  # ω of v_{j-1} and v_j with v_0, v_1, ...
         self._again = False
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> None:
-        omega = self._next(alpha.cpu().numpy(), beta.cpu().numpy(), float(V.space.norm(w)[0]))
+    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
+        taken = torch.zeros_like(alpha[0])
+        norm = float(V.space.norm(w)[0])
+        omega = self._next(alpha.cpu().numpy(), beta.cpu().numpy(), norm)
         if self._again or np.abs(omega[:-1]).max() > self.eps**0.5:
-            V.project(w, len(alpha))
+            H = V.project(w, len(alpha))
+            if float(_length(H)) > self.eps**0.5 * norm:  # times what V lacks of orthonormal: left
+                H += V.project(w, len(alpha))
+            taken = _length(H)
             omega[:-1] = self.eps
             self._again = not self._again
         self._before, self._now = self._now, omega
+        return taken
 
     def _next(self, alpha: Array, beta: Array, norm: float) -> Array:
         """ω of v_{j+1} with v_0, ..., v_{j+1}: Simon's recurrence, its noise at the worst."""
@@ -78,7 +87,13 @@ class Partial:
         sums = beta * now[1:] + (alpha[:j] - alpha[j]) * now[:j] - beta[-1] * before[:j]
         sums[1:] += beta[:-1] * now[: j - 1]
         omega[:j] = (sums + np.copysign(2 * self.eps * scale, sums)) / norm
+        omega[j] = self.eps * max(1.0, scale / norm)
         return omega
+
+
+def _length(H: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(H)
+    return length
 
 
 _BY_NAME: dict[str, type[Policy]] = {"full": Full, "local": Window, "none": Nothing}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -30,14 +31,19 @@ _FORMAT = 1
 
 class Result:
     """Mixin of frozen dataclasses: fields are tensors, numbers, strings, tuples of these, None,
-    a dtype, or a layout of parameters.
+    a dtype, a layout of parameters, or another result.
 
-    A subclass says in ``_columns`` which fields of equal length make a table, and what is what in
-    ``_conventions``.
+    A subclass says in ``_columns`` which fields of equal length make a table, in ``_parts`` which
+    fields are results of which class, and what is what in ``_conventions``.
     """
 
     _columns: ClassVar[tuple[str, ...]] = ()
+    _parts: ClassVar[Mapping[str, type[Result]]] = {}
     _conventions: ClassVar[str] = "vectors are columns"
+
+    # Of itself alone: tensors compared entry by entry have no truth value.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: tensors as they are, all else in its JSON header.
@@ -75,7 +81,7 @@ class Result:
             )
         with intact(path):
             fields = {name: _from_json(v) for name, v in header["fields"].items()}
-            return cls(**fields, **tensors)
+            return cls._of_values(fields | tensors)
 
     def save_npz(self, path: str | Path) -> None:
         """Write tensors and numbers as NumPy arrays; what NumPy has no type for is left out."""
@@ -108,7 +114,22 @@ class Result:
         return pd.DataFrame({name: _listed(getattr(self, name)) for name in self._columns})
 
     def _values(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        """Fields by name; ``"quadrature.nodes"``, say, for one of a part."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for part in self._parts:
+            inner = values.pop(part)._values()
+            values |= {f"{part}.{name}": value for name, value in inner.items()}
+        return values
+
+    @classmethod
+    def _of_values(cls, values: Mapping[str, Any]) -> Self:
+        """The way back."""
+        own = {name: value for name, value in values.items() if "." not in name}
+        for part, kind in cls._parts.items():
+            dot = f"{part}."
+            inner = {n.removeprefix(dot): v for n, v in values.items() if n.startswith(dot)}
+            own[part] = kind._of_values(inner)
+        return cls(**own)
 
 
 def optional(module: str) -> ModuleType:

@@ -14,6 +14,8 @@ Status = Literal[
     "converged", "exact", "stagnated", "maxmatvecs", "maxseconds", "interrupted"
 ]  # fmt: skip
 
+_MOSTLY = 1.5  # times its rounding: a residual that is no larger is rounding for the most part
+
 
 @dataclass(frozen=True)
 class Ritz:
@@ -60,7 +62,9 @@ class Target:
         theta = ritz.values[: self.k].abs()
         relative = self.tol * theta.clamp_min(self.eps ** (2 / 3) * ritz.norm)
         zero = theta <= self.zero * ritz.norm
-        return torch.where(zero, torch.maximum(relative, ritz.least(len(theta))), relative)
+        return torch.where(
+            zero, torch.maximum(relative, _MOSTLY * ritz.least(len(theta))), relative
+        )
 
     def reached(self, ritz: Ritz) -> Tensor:
         """Which of the first k pairs are as accurate as wanted: (min(k, j),) bool."""
@@ -74,6 +78,6 @@ class Target:
         """log(r / r wanted, or possible) of the worst of k; infinite where fewer are known."""
         if len(ritz.values) < self.k:
             return math.inf
-        rounding = 1.5 * ritz.least(self.k)  # is most of a residual that is no larger
+        rounding = _MOSTLY * ritz.least(self.k)
         bounds = torch.maximum(self.bounds(ritz), rounding)
         return float((ritz.residuals[: self.k] / bounds.clamp_min(1e-300)).log().max())

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Ritz, Status, Target
 from torchlinop.algorithms.orthogonal import real_dtype
@@ -76,7 +75,7 @@ def eigen_result(products: Products, found: Found, target: Target, *, seed: int)
     k = X.shape[1]
     values = ritz.values[:k]
     residuals = ritz.residuals[:k].clamp_min(ritz.floor)
-    gram = inner(op.space, X, X).cpu()
+    gram = op.space.inner(X, X).cpu()
     close = residuals[:, None] + residuals + target.zero * ritz.norm
     equal = ((values[:, None] - values).abs() <= close).fill_diagonal_(False)
     both_ends = target.which == "BE"

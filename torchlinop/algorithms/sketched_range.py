@@ -12,14 +12,12 @@ from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.probes import Probes
 from torchlinop.algorithms.products import Products
-from torchlinop.errors import SymmetryError
-from torchlinop.operators.base import CurvatureOperator
+from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.space import Distribution
 
 # Keeps 1/σ finite. A larger floor, as eps of the vectors, would bias estimates: the singular
 # values below it still order the directions by what they hold.
 _FLOOR = 1e-14
-_ASYMMETRIC = 0.1  # far above what rounding or finite differences do to a product
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -125,11 +123,7 @@ def columns_dot(X: Tensor, Y: Tensor) -> Tensor:
     return (X * Y).sum(0)
 
 
-def refuse_asymmetric(op: CurvatureOperator, X: Tensor, Y: Tensor) -> None:
-    """Raise SymmetryError unless X ≈ Y, where these are ``(AU)ᵀV`` and ``Uᵀ(AV)``."""
-    defect = float((X - Y).norm() / X.norm().clamp_min(TINY))
-    if defect > _ASYMMETRIC:
-        raise SymmetryError(
-            f"(AU)^T V and U^T (AV) differ by {defect:.0e} of their norm, for {op!r}: expected a "
-            'symmetric matrix. Call op.check(), or use method="hutchinson" or "hutch++"'
-        )
+def refuse_asymmetric(watch: SymmetryWatch, X: Tensor, Y: Tensor) -> None:
+    """Raise SymmetryError unless X = Y to rounding, where these are ``(AU)ᵀV`` and ``Uᵀ(AV)``."""
+    zero = torch.zeros_like(X)
+    watch.defect(torch.cat([torch.cat([zero, X], dim=1), torch.cat([Y.T, zero], dim=1)]))

@@ -52,6 +52,7 @@ def solve(
         OptionError: unknown method, no such tolerance, or an indefinite preconditioner.
         VectorError: b or the preconditioner is not of this space.
         NonFiniteError: b or products hold NaN or infinity; MemoryEstimateError: memory ran out.
+        SymmetryError: A is not symmetric, or its products do not repeat.
         NotConvergedError: by strict=True, where others warn.
     """
     algorithm = _METHODS[_checked(method)]
@@ -93,7 +94,12 @@ class InverseOperator(CurvatureOperator):
     ) -> None:
         damping = options.get("damping", 0.0)
         description = f"inverse of {type(operator).__name__} + {damping:g} I by {method}"
-        super().__init__(operator.space, layout=operator.layout, description=[description])
+        super().__init__(
+            operator.space,
+            layout=operator.layout,
+            description=[description],
+            positive_semidefinite=operator.positive_semidefinite and damping >= 0,
+        )
         self.operator = operator
         self.method: SolveMethod = method
         self.options = options

@@ -1,4 +1,4 @@
-"""Solutions of ``(A + damping I) x = b`` with the residuals they were found to have."""
+"""Solutions of ``(A + damping I) x = b`` with their true residuals, and what to do about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SolveResult(Result):
     """One solution a column. All but x and directions is on the CPU, in float64.
 
@@ -57,3 +57,28 @@ class SolveResult(Result):
             f"  warnings: {'; '.join(self.warnings) or 'none'}",
         ]
         return "\n".join(lines)
+
+
+_ADVICE: dict[Status, str] = {
+    "stagnated": "Rounding forbids more: raise rtol or damping, or use a finer dtype",
+    "indefinite": 'the matrix is not positive definite: raise damping, or use method="minres"',
+    "singular": "The vector b is not in the range of the matrix: raise damping",
+    "interrupted": "It was interrupted: the columns hold what there was",
+    "maxseconds": "Raise max_seconds, or pass a preconditioner",
+    "max_iter": "Raise max_iter or damping, or pass a preconditioner",
+}
+
+
+def advice(
+    status: list[Status], relative_residuals: Tensor, rtol: float, matvecs: int
+) -> tuple[str, ...]:
+    """What is wrong with the worst column, and one thing to do; nothing if all are converged."""
+    failed = [i for i, s in enumerate(status) if s != "converged"]
+    if not failed:
+        return ()
+    worst = max(failed, key=lambda i: float(relative_residuals[i]))
+    return (
+        f"{len(status) - len(failed)} of {len(status)} systems reached rtol={rtol:.1e} after "
+        f"{matvecs} products; worst residual {float(relative_residuals[worst]):.1e} of ‖b‖ "
+        f"(column {worst}, {status[worst]}). {_ADVICE[status[worst]]}",
+    )

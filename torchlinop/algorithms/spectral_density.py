@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torchlinop.algorithms.atoms import Atoms
 from torchlinop.algorithms.estimates import Estimate, Interval
 from torchlinop.algorithms.quadrature import LongRun, slq
 from torchlinop.algorithms.quadrature_result import Quadrature
+from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.smoothing import Bandwidth, refuse_bandwidth
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -20,8 +22,8 @@ _MARGIN = 6.0  # bandwidths beyond the outermost nodes: leaves out 1e-9 of a Gau
 _SHOWN = 5  # outliers in a repr
 
 
-@dataclass(frozen=True)
-class SpectralDensity:
+@dataclass(frozen=True, repr=False, eq=False)
+class SpectralDensity(Result):
     """A density that integrates to one over its grid, and the quadrature behind it.
 
     Another grid, bandwidth or scale is asked of ``quadrature``, and costs no product.
@@ -32,6 +34,9 @@ class SpectralDensity:
     stderr: Tensor  # (g,) of the mean; infinite for a single probe
     sigma: float  # bandwidth of the Gaussian
     quadrature: Quadrature
+
+    _columns: ClassVar[tuple[str, ...]] = ("grid", "density", "stderr")
+    _parts: ClassVar[Mapping[str, type[Result]]] = {"quadrature": Quadrature}
 
     @property
     def raw_eigenvalues(self) -> Tensor:

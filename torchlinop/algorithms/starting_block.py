@@ -25,7 +25,7 @@ def starting_block(
         VectorError: v0 is of another space, too wide, zero, or not finite.
     """
     V = random_block(op.space, columns, seed, 0) if v0 is None else _of_space(op, v0, columns)
-    norms = op.space.norm(V).double()
+    norms = op.space.norm(V)
     if not bool(torch.isfinite(norms).all()) or (v0 is not None and not bool(norms.any())):
         raise VectorError("expected a finite v0 other than zero; leave it out for a random start")
     return independent(op.space, V, _DEPENDENT * norms.max(), columns, seed=seed, draw=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.orthogonal import real_dtype
+from torchlinop.algorithms.probes import refuse_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.starting_block import starting_block
@@ -26,7 +27,7 @@ _JUDGES = 2  # products at least, for a standard error
 _LONGEST = 0.4  # tail, so that a fifth of the steps is left for the approach
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class StochasticEigenpair(Result):
     """v, and what products that v does not depend on say of it: A is the mean of the matrices."""
 
@@ -117,6 +118,7 @@ def stochastic_power_iteration(
         True
     """
     _refuse(steps, momentum, tail)
+    refuse_seed(seed)
     draws = _Draws(operators, seed)
     share = max(_JUDGES, round(tail * steps))
     v = starting_block(draws.first, v0, 1, seed)
@@ -220,15 +222,17 @@ class _Iteration:
         """The direction of the mean of the next iterates, or the last, and of how many it is."""
         total = torch.zeros_like(self.v)
         count = self.run.steps(steps, lambda: total.add_(self.step()))
-        return (total / self.space.norm(total), count) if count else (self.v, 1)
+        if not count:
+            return self.v, 1
+        return total.div_(self.space.norm(total).to(real_dtype(total))), count
 
     def step(self) -> Tensor:
         """The next iterate."""
         w = self.run.product(self.v)
         quotient = self.space.inner(self.v, w)[0, 0].real
-        self.quotients.append(quotient.double())
+        self.quotients.append(quotient)
         w.sub_(self.before, alpha=self.beta)
-        scale = torch.where(quotient < 0, -1, 1) / self.space.norm(w)
+        scale = (torch.where(quotient < 0, -1, 1) / self.space.norm(w)).to(real_dtype(w))
         self.before = self.v * scale if self.beta else self.before
         self.v = w.mul_(scale)
         return self.v
@@ -261,8 +265,8 @@ class _Judge:
     def look(self) -> None:
         r = self.run.product(self.v)
         r -= self.v * self.quotient
-        self.along.append(self.space.inner(self.v, r)[0, 0].real.double())
-        self.squares.append(self.space.norm(r).double()[0] ** 2)
+        self.along.append(self.space.inner(self.v, r)[0, 0].real)
+        self.squares.append(self.space.norm(r)[0] ** 2)
         self.total += r
 
 
@@ -279,7 +283,7 @@ def _judged(run: _Run, v: Tensor, quotient: Tensor, count: int) -> _Judgement:
             quotient + values.mean(),
             values.var() / count,
             torch.stack(judge.squares).sum(),
-            judge.space.norm(judge.total / count).double()[0] ** 2,
+            judge.space.norm(judge.total / count)[0] ** 2,
             values.mean() ** 2,
         ]
     )

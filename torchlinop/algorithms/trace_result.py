@@ -13,7 +13,7 @@ from torchlinop.algorithms.hutchinson import student_interval
 from torchlinop.algorithms.result import Result, optional
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TraceResult(Result):
     """An estimate of tr A, the mean of ``samples``.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis, subtract
-from torchlinop.algorithms.orthogonal import orthonormalize, removed
+from torchlinop.algorithms.orthogonal import factored, removed
 from torchlinop.algorithms.products import Products, breakdown, working_dtype
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of, policy_of
 from torchlinop.algorithms.result import Result
@@ -18,7 +18,7 @@ from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanczosTridiag(Result):
     """``A V = V T + residual_norm v eᵀ`` with T tridiagonal, by ``iterations`` products."""
 
@@ -115,7 +115,9 @@ class Recurrence:
         self.policy = policy_of(mode, products.operator.dtype)
         capacity = steps + 1 if keep_basis else 0
         self.basis = Basis(self.space, q, capacity, dtype=None, device=None)
-        self.alpha, self.beta = torch.zeros(2, steps, dtype=torch.float64, device=q.device)
+        self.alpha, self.beta, self.errors = torch.zeros(
+            3, steps, dtype=torch.float64, device=q.device
+        )
         self.scale = torch.zeros((), dtype=torch.float64, device=q.device)
         self.previous, self.q = q[:, :0], self._stored(0, q)
 
@@ -136,9 +138,10 @@ class Recurrence:
         if j:
             subtract(w, self.previous, self.beta[j - 1 : j, None] / s)
         self.alpha[j] = s * removed(self.space, self.q, w)[0, 0].real
-        self.policy(w, self.basis, self.alpha[: j + 1] / s, self.beta[:j] / s)
+        taken = self.policy(w, self.basis, self.alpha[: j + 1] / s, self.beta[:j] / s)
         self.scale = torch.maximum(self.scale, self.alpha[j].abs())
-        beta = orthonormalize(self.space, w, self.breakdown * self.scale / s)
+        beta, lost = factored(self.space, w, self.breakdown * self.scale / s)
+        self.errors[j] = s * (taken + lost[0])  # which the coefficients do not know
         self.beta[j] = s * beta[0, 0].real
         self.scale = torch.maximum(self.scale, self.beta[j])
         self.previous, self.q = self.q, self._stored(j + 1, w)

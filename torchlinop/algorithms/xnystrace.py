@@ -15,7 +15,8 @@ from torchlinop.algorithms.hutchinson import Estimate
 from torchlinop.algorithms.leave_one_out import Rescaling, drop, jackknifed, rescaling
 from torchlinop.algorithms.probes import on_host
 from torchlinop.algorithms.products import Products
-from torchlinop.algorithms.sketched_range import TINY, SketchedRange, refuse_asymmetric
+from torchlinop.algorithms.sketched_range import TINY, SketchedRange
+from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.errors import DefinitenessError
 from torchlinop.space import Distribution
 
@@ -38,6 +39,7 @@ class XNysTrace:
     def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
         self._products = products
         self._op = products.operator
+        self._watch = SymmetryWatch(products, seed)
         self._sketch = SketchedRange(products, distribution, seed)
         self._rescaling = rescaling(distribution)
 
@@ -61,7 +63,7 @@ class XNysTrace:
         )
         n, k = space.size, len(R)
         H = W.T @ R  # ΩᵀAΩ
-        refuse_asymmetric(self._op, H, H.T)
+        self._watch.defect(H)
         H = (H + H.T) / 2
         G_root = _inverse_root(G)
         nu = self._shift(torch.linalg.eigvalsh(G_root @ H @ G_root.T), R)

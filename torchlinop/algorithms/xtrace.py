@@ -25,6 +25,7 @@ from torchlinop.algorithms.sketched_range import (
     normals,
     refuse_asymmetric,
 )
+from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.space import Distribution
 
 
@@ -42,6 +43,7 @@ class XTrace:
 
     def __init__(self, products: Products, distribution: Distribution, seed: int) -> None:
         self._products = products
+        self._watch = SymmetryWatch(products, seed)
         self._sketch = RangeAndImage(products, distribution, seed)
         self._rescaling = rescaling(distribution)
 
@@ -54,8 +56,8 @@ class XTrace:
         yield from self._sketch.grow(num_matvecs // 2)
 
     def estimate(self) -> Estimate:
-        op, sketch = self._products.operator, self._sketch
-        space, Q, Z, Omega = op.space, sketch.Q, sketch.Z, sketch.Omega
+        sketch, space = self._sketch, self._products.operator.space
+        Q, Z, Omega = sketch.Q, sketch.Z, sketch.Omega
         H, W, T, R, squares = on_host(
             self._products,
             inner(space, Q, Z),
@@ -64,7 +66,7 @@ class XTrace:
             sketch.R,
             space.norm(Omega).double() ** 2,
         )
-        refuse_asymmetric(op, R, T)  # Qᵀ(AΩ) and (AQ)ᵀΩ
+        refuse_asymmetric(self._watch, R, T)  # Qᵀ(AΩ) and (AQ)ᵀΩ
         H, S = (H + H.T) / 2, normals(R)
         dimension = space.size - len(H)
         return jackknifed(_InRange(H, S, W, T, squares, dimension, self._rescaling))
