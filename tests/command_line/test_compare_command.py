@@ -1,0 +1,89 @@
+"""``python -m torchlinop compare``: a table, a page, and one sentence for bad input."""
+
+import json
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from torchlinop.command_line import main
+
+SOURCE = """
+import torch
+from torchlinop.compare import eigensolver
+from torchlinop.testing import RotatedOperator, spectra
+
+def build():
+    return RotatedOperator(spectra.neural(60))
+
+def broken():
+    raise KeyError("what")
+
+number = 3
+"""
+QUICK = ["-k", "3", "--seeds", "1", "--no-histories", "--solver", "torchlinop lanczos"]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module that can be imported."""
+    name = f"module_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_table_a_page_and_numbers(module, tmp_path, capsys):
+    page, numbers = tmp_path / "out.html", tmp_path / "out.json"
+    code = main(["compare", f"{module}:build", *QUICK, "--html", str(page), "--json", str(numbers)])
+    assert code == 0
+    assert "torchlinop lanczos" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert json.loads(numbers.read_text())["rows"][0]["converged"] == 3
+
+
+def test_a_file_will_do_in_place_of_a_module(tmp_path, capsys):
+    path = tmp_path / "some_file.py"
+    path.write_text(SOURCE)
+    assert main(["compare", f"{path}:build", *QUICK]) == 0
+    assert "torchlinop lanczos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("no_such_module_here:build", "could not import 'no_such_module_here': ModuleNotFound"),
+        ("no_such_file.py:build", "could not import 'no_such_file.py': FileNotFoundError"),
+        ("MODULE", "expected MODULE:FUNCTION, got"),
+        ("MODULE:", "expected MODULE:FUNCTION, got"),
+        ("MODULE:nope", "expected a function 'nope' in"),
+        ("MODULE:number", "which has build, broken; name one"),
+        ("MODULE:broken", "broken raised KeyError: 'what'"),
+    ],
+)
+def test_a_bad_spec_is_one_sentence_and_code_2(spec, sentence, module, capsys):
+    assert main(["compare", spec.replace("MODULE", module), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--solver", "nope"], "unknown eigensolver 'nope'"),
+        (["-k", "0"], "expected k and seconds to be positive"),
+        (["--html", "/no/such/folder/out.html"], "no folder /no/such/folder to write out.html"),
+    ],
+)
+def test_a_bad_option_is_one_sentence_and_code_2(options, sentence, module, capsys):
+    assert main(["compare", f"{module}:build", *QUICK, *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "torchlinop", "compare", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "MODULE:build" in done.stdout

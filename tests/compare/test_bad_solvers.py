@@ -1,0 +1,308 @@
+"""Solvers that are wrong by construction are rows that say what is wrong with them."""
+
+import re
+import time
+import warnings
+
+import pytest
+import torch
+
+from torchlinop import LambdaOperator, MatrixOperator
+from torchlinop.compare import Answer, compare, eigensolver
+from torchlinop.errors import NonFiniteError, OptionError, ProductBudgetError, SymmetryError
+from torchlinop.testing import RotatedOperator, spectra
+
+N, K = 60, 4
+A = RotatedOperator(spectra.polynomial(N, -1.0), seed=3)
+EXACT = A.eigenvalues[:K]
+X = A.eigenvectors(torch.arange(K))
+
+
+def row_of(solver, problem=A, **options):
+    options = {"k": K, "seeds": 1, "histories": False, "memory": False, **options}
+    return compare(problem, solvers=[solver], **options).rows[0]
+
+
+def exact(A, request):
+    return EXACT, X
+
+
+def test_the_right_answer_is_ok_and_has_no_error():
+    row = row_of(exact)
+    assert row.verdict == "ok"
+    assert row.error == 0
+    assert row.residual < 1e-12
+    assert row.orthogonality < 1e-14
+    assert (row.converged, row.ghosts, row.missed, row.remarks) == (K, 0, 0, "")
+
+
+def copies(A, request):
+    """The first pair twice, and the last one lost."""
+    i = torch.tensor([0, 0, 1, 2])
+    return Answer(EXACT[i], X[:, i], torch.zeros(K), torch.ones(K, dtype=torch.bool))
+
+
+def values_of_copies_with_vectors_of_others(A, request):
+    """As by Ritz vectors that have lost their orthogonality: the values tell."""
+    i = torch.tensor([0, 0, 1, 2])
+    return Answer(EXACT[i], X, converged=torch.ones(K, dtype=torch.bool))
+
+
+def skips_the_first(A, request):
+    i = torch.arange(1, K + 1)
+    pairs = A.operator.eigenvalues[i], A.operator.eigenvectors(i)
+    return Answer(*pairs, converged=torch.ones(K, dtype=torch.bool))
+
+
+def small_residuals_claimed(A, request):
+    return Answer(EXACT + 1e-3, X, residuals=torch.full((K,), 1e-9))
+
+
+def near_eigenvalues_claimed(A, request):
+    return Answer(EXACT + 1e-3, X, bounds=torch.full((K,), 1e-9))
+
+
+def convergence_claimed(A, request):
+    return Answer(EXACT + 1e-3, X, converged=torch.ones(K, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("solver", "reason"),
+    [
+        (copies, "1 of 4 pairs called converged are copies of others"),
+        (copies, "1 of the eigenvalues wanted are missing"),
+        (values_of_copies_with_vectors_of_others, "1 of 4 pairs called converged are copies"),
+        (small_residuals_claimed, "a residual of 1e-03 is claimed to be 1e-09"),
+        (near_eigenvalues_claimed, "an error of 1e-03 is claimed to be 1e-09"),
+        (convergence_claimed, "4 of 4 pairs called converged are not"),
+    ],
+)
+def test_a_false_claim_is_named(solver, reason):
+    row = row_of(solver)
+    assert row.verdict == "false claim"
+    assert reason in row.remarks
+
+
+def test_small_residuals_do_not_hide_that_an_eigenvalue_is_missing():
+    row = row_of(skips_the_first)
+    assert (row.verdict, row.false) == ("wrong", ())
+    assert row.remarks == "1 of the eigenvalues wanted are missing"
+
+
+def test_one_of_a_mirrored_pair_is_as_good_as_the_other():
+    values = torch.tensor([3.0, -2.0, 2.0, *[0.1] * 9], dtype=torch.float64)
+    B = RotatedOperator(values)
+
+    def finds(j):
+        i = torch.tensor([0, j])
+        return lambda A, request: (values[i], B.eigenvectors(i))
+
+    for j, verdict in ((1, "ok"), (2, "ok"), (3, "wrong")):
+        assert row_of(finds(j), B, k=2, which="LM").verdict == verdict
+
+
+def test_ghosts_and_missed_eigenvalues_are_counted():
+    row = row_of(copies)
+    assert (row.ghosts, row.missed) == (1, 1)
+    assert (row_of(skips_the_first).ghosts, row_of(skips_the_first).missed) == (0, 1)
+
+
+def test_ghosts_are_found_without_knowing_the_spectrum():
+    unknown = MatrixOperator(A.to_dense())
+    row = row_of(copies, unknown)
+    assert (row.ghosts, row.missed) == (1, None)
+    assert "copies of others" in row.remarks
+
+
+def test_an_answer_that_admits_its_error_claims_nothing_false():
+    def honest(A, request):
+        admitted = torch.full((K,), 1.1e-3), torch.zeros(K, dtype=torch.bool)
+        return Answer(EXACT + 1e-3, X, *admitted)
+
+    row = row_of(honest)
+    assert row.verdict == "not reached"
+    assert row.residual == pytest.approx(1e-3 / float(EXACT[-1]), rel=0.01)
+
+
+def raises(A, request):
+    raise ZeroDivisionError("first line\nsecond line")
+
+
+def too_few(A, request):
+    return EXACT[:2], X[:, :2]
+
+
+def none_at_all(A, request):
+    return EXACT[:0], X[:, :0]
+
+
+@pytest.mark.parametrize(
+    ("solver", "reason"),
+    [
+        (raises, "ZeroDivisionError: first line"),
+        (lambda A, r: (EXACT * torch.nan, X), "NonFiniteError: NaN or infinity in the eigenvalues"),
+        (lambda A, r: (EXACT, X / 0), "NonFiniteError: NaN or infinity in the eigenvectors"),
+        (lambda A, r: (EXACT, X.T), r"VectorError: expected eigenvectors as columns \(60, 4\)"),
+        (lambda A, r: EXACT, "VectorError: expected a solver to return"),
+        (lambda A, r: None, "got NoneType"),
+        (lambda A, r: ("three", X), "VectorError: expected numbers, got str"),
+        (too_few, "^2 of 4 pairs$"),
+        (none_at_all, "^0 of 4 pairs$"),
+        (lambda A, r: A @ X[:3], "VectorError: "),
+    ],
+)
+def test_a_failure_is_a_row_with_its_reason(solver, reason):
+    row = row_of(solver)
+    assert row.verdict == "failed"
+    assert re.search(reason, row.failure), row.failure
+    assert "second line" not in row.remarks
+
+
+def endless(A, request):
+    v = request.start(A)[:, 0]
+    while True:
+        v = A @ v
+
+
+def endless_and_deaf(A, request):
+    """It takes a refusal for one bad product."""
+    v = request.start(A)[:, 0]
+    while True:
+        try:
+            v = A @ v
+        except ProductBudgetError:
+            continue
+
+
+@pytest.mark.parametrize("solver", [endless, endless_and_deaf])
+def test_a_solver_that_never_ends_spends_its_budget_and_no_more(solver):
+    row = row_of(solver, budget=37)
+    assert row.failure == "budget spent: 37 products"
+    assert row.products.median == 37
+
+
+def test_a_solver_that_never_ends_is_out_of_time():
+    started = time.perf_counter()
+    row = row_of(endless, budget=10**9, seconds=0.05)
+    assert row.failure == "out of time: 0.05 s"
+    assert time.perf_counter() - started < 30
+
+
+def test_a_block_beyond_the_budget_is_refused_whole():
+    row = row_of(lambda A, r: A @ r.start(A, 50), budget=49)
+    assert row.failure.startswith("budget spent")
+    assert row.products.median == 0
+
+
+def test_an_answer_after_a_refused_product_counts():
+    def best_so_far(A, request):
+        try:
+            endless(A, request)
+        except ProductBudgetError:
+            return EXACT, X
+
+    assert row_of(best_so_far, budget=20).verdict == "ok"
+
+
+def test_failures_of_some_seeds_are_counted():
+    def fails_for_one(A, request):
+        if request.seed == 1:
+            raise ArithmeticError("bad luck")
+        return EXACT, X
+
+    row = row_of(fails_for_one, seeds=3)
+    assert row.verdict == "failed"
+    assert row.remarks == "ArithmeticError: bad luck (1 of 3 seeds)"
+
+
+def test_ctrl_c_returns_the_rows_there_are():
+    def interrupted(A, request):
+        raise KeyboardInterrupt
+
+    found = compare(A, K, solvers=[exact, interrupted], seeds=1, memory=False, histories=False)
+    assert [row.solver for row in found.rows] == ["exact"]
+    assert "interrupted" in found.warnings[0]
+
+
+def test_warnings_of_a_solver_are_kept_and_not_raised():
+    def warns(A, request):
+        warnings.warn("half way", stacklevel=1)
+        return EXACT + 1e-3, X
+
+    row = row_of(warns)
+    assert row.warnings == ("half way",)
+    assert row.remarks == "says: half way"
+
+
+def test_an_asymmetric_matrix_is_refused_for_symmetric_solvers():
+    B = torch.triu(torch.randn(N, N, dtype=torch.float64))
+    with pytest.raises(SymmetryError, match=r"the matrix is not symmetric: .* symmetric=False"):
+        compare(B, K, solvers=[exact])
+
+
+def test_an_asymmetric_matrix_is_for_those_who_take_it():
+    B = torch.triu(torch.randn(N, N, dtype=torch.float64))
+    taken = "for any matrix"
+
+    @eigensolver(taken, symmetric=False)
+    def general(A, request):
+        values, vectors = torch.linalg.eig(A.to_dense())
+        order = values.real.argsort(descending=True)[: request.k]
+        return values[order], vectors[:, order]
+
+    try:
+        found = compare(
+            B, K, solvers=[taken, "torchlinop lanczos"], seeds=1, memory=False, histories=False
+        )
+    finally:
+        eigensolver.remove(taken)
+    assert found.row(taken).verdict == "ok"
+    assert "the matrix is not symmetric" in found.row("torchlinop lanczos").failure
+
+
+def test_a_matrix_of_nan_is_refused():
+    with pytest.raises(NonFiniteError, match="nothing to compare"):
+        compare(torch.full((N, N), torch.nan), K)
+
+
+def test_a_matrix_that_changes_is_said_to():
+    def noisy(v):
+        return A.matvec(v) + 1e-3 * torch.randn_like(v)
+
+    found = compare(
+        LambdaOperator(N, noisy, dtype=torch.float64), K, solvers=["torchlinop lanczos"],
+        seeds=1, memory=False, histories=False,
+    )  # fmt: skip
+    assert "two products of one vector differ by" in " ".join(found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solvers": ["nope"]}, "unknown eigensolver 'nope'; known: torchlinop lanczos, "),
+        ({"solvers": [3]}, "expected the name of an eigensolver or a function, got 3"),
+        ({"solvers": []}, "no eigensolver is left to compare"),
+        ({"which": "BE"}, "unknown which 'BE'; choose one of LA, SA, LM"),
+        ({"tol": 2.0}, "expected tol from 0 to 1"),
+        ({"budget": 3}, "budget to be at least k"),
+        ({"seconds": 0}, "expected k and seconds to be positive"),
+        ({"seeds": 0}, "expected at least one seed, got 0"),
+        ({"k": N}, "expected k below n = 60"),
+        ({"truth": "exact"}, 'expected truth to be eigenvalues or "dense"'),
+        ({"truth": torch.ones(N + 1)}, "expected at most 60 true eigenvalues"),
+    ],
+)
+def test_a_bad_question_is_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        compare(A, **{"k": K, **options})
+
+
+@pytest.mark.parametrize("problems", [{}, "A", 3])
+def test_what_is_no_problem_is_refused(problems):
+    with pytest.raises(OptionError, match=r"expected (at least one problem|an operator)"):
+        compare(problems)
+
+
+def test_a_name_of_ours_is_not_given_away():
+    with pytest.raises(OptionError, match="is the name of an eigensolver of torchlinop"):
+        eigensolver("torchlinop lanczos")(exact)

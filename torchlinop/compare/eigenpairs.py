@@ -1,0 +1,165 @@
+"""Eigensolvers on the same matrix, asked for the same pairs, and judged by the same products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+
+from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.eigen_rows import EigenRow
+from torchlinop.compare.registry import Candidate, Wanted, eigensolver
+from torchlinop.compare.request import End, Request
+from torchlinop.compare.runs import history, run, usage
+from torchlinop.compare.subject import Subject, Truth, subjects_of
+from torchlinop.compare.sweep import Measures, facts_of, seeds_of, sweep
+from torchlinop.errors import OptionError
+from torchlinop.operators.base import CurvatureOperator
+
+_PRODUCTS_A_PAIR = 100
+
+
+def compare(
+    problems: Any,
+    k: int = 10,
+    which: End = "LA",
+    solvers: Iterable[Wanted] | None = None,
+    *,
+    tol: float | None = None,
+    budget: int | None = None,
+    seconds: float = 60.0,
+    seeds: int | Sequence[int] = 3,
+    truth: Truth | Mapping[str, Truth] = None,
+    histories: bool = True,
+    memory: bool = True,
+    progress: bool = False,
+) -> Comparison:
+    """Run eigensolvers on the same counted matrix, and judge their answers by products of it.
+
+    Every solver is asked for the k pairs at one end, with ‖A x − λ x‖ ≤ tol |λ|, from the same
+    start where it takes one. Residuals, orthogonality and, where the spectrum is known, errors,
+    ghosts and missed eigenvalues are measured here in float64, never taken from the solver. What
+    a solver raises, returns in another form or claims wrongly is a row with its reason.
+
+    Costs all that the solvers take, times ``seeds`` and one more for the memory, and about four
+    times that of one seed for the histories; and 6 + k products a problem and answer to judge it.
+    Ctrl-C returns the rows there are.
+
+    Args:
+        problems: an operator of this library, of SciPy or CuPy, an array, a problem of
+            ``torchlinop.testing.gallery``, a function that builds one, or a dict of these.
+        k: how many pairs.
+        which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest |λ|.
+        solvers: names, patterns such as ``"scipy*"``, or functions ``(operator, request) ->
+            (values, vectors)``; all registered ones that suit unless given.
+        tol: relative to the eigenvalue; 1e-6, in float32 1e-4, unless given.
+        budget: products a run, 100 k unless given. The one beyond it raises in the solver.
+        seconds: a run, likewise, at the next product.
+        seeds: how many, or which.
+        truth: the eigenvalues (n,), or those wanted; ``"dense"`` computes them by n products; a
+            dict of these by problem. ``operator.eigenvalues`` unless given, if there is such.
+        histories: run again with smaller budgets, or larger tolerances, to see the convergence.
+        memory: run once more to measure what is held at once.
+        progress: show a bar, on a terminal.
+
+    Raises:
+        OptionError: unknown solver or which; k, tol, budget or seeds that are not positive.
+        NonFiniteError: products hold NaN. SymmetryError: the matrix is not symmetric, and no
+            solver chosen takes such.
+
+    Example:
+        >>> from torchlinop.testing import RotatedOperator, spectra
+        >>> A = RotatedOperator(spectra.neural(200))  # knows its eigenvalues
+        >>> found = compare(A, k=3, solvers=["torchlinop lanczos", "scipy eigsh"], seeds=1)
+        >>> [row.verdict for row in found.rows]
+        ['ok', 'ok']
+    """
+    _refuse(k, which, tol, budget, seconds)
+    subjects, numbers = subjects_of(problems, truth), seeds_of(seeds)
+    products = _PRODUCTS_A_PAIR * k if budget is None else budget
+    requests = {
+        s.name: _request(s, k, which, tol, budget=products, seconds=seconds) for s in subjects
+    }
+
+    def measured(subject: Subject, candidate: Candidate) -> tuple[EigenRow, History | None]:
+        request = requests[subject.name]
+        first = request.of_seed(numbers[0])
+        runs = [run(candidate, subject, request.of_seed(seed)) for seed in numbers]
+        held = usage(candidate, subject, first) if memory else None
+        vector = _vector(subject.operator)
+        row = EigenRow.of(subject.name, candidate.name, runs, k=k, usage=held, vector=vector)
+        return row, history(candidate, subject, first, runs[0]) if histories else None
+
+    def refused(problem: str, solver: str, why: str) -> EigenRow:
+        return EigenRow(problem, solver, seeds=1, failures=1, failure=why, k=k)
+
+    done = sweep(
+        subjects, eigensolver, solvers, Measures(measured, refused, which), progress=progress
+    )
+    tols = ", ".join(dict.fromkeys(f"{r.tol:g}" for r in requests.values()))
+    asked = f"{k} pairs, {which}, tol {tols}, at most {products:,} products and {seconds:g} s a run"
+    return Comparison(
+        "of eigensolvers",
+        "largest relative residual",
+        tuple(done.rows),
+        tuple(done.histories),
+        facts_of(subjects, asked, numbers),
+        done.left_out,
+        max(r.tol for r in requests.values()),
+        NOTES,
+        tuple(done.warnings),
+    )
+
+
+def _refuse(k: int, which: str, tol: float | None, budget: int | None, seconds: float) -> None:
+    if which not in get_args(End):
+        raise OptionError(f"unknown which {which!r}; choose one of {', '.join(get_args(End))}")
+    if tol is not None and not 0 < tol < 1:
+        raise OptionError(f"expected tol from 0 to 1, relative to |λ|, got {tol}; leave it out")
+    if k < 1 or not seconds > 0 or (budget is not None and budget < k):
+        raise OptionError(
+            "expected k and seconds to be positive and budget to be at least k, got "
+            f"k={k}, seconds={seconds}, budget={budget}; leave out what you do not mean"
+        )
+
+
+def _request(
+    subject: Subject, k: int, which: End, tol: float | None, *, budget: int, seconds: float
+) -> Request:
+    if k >= subject.operator.size:
+        raise OptionError(
+            f"expected k below n = {subject.operator.size:,}, got {k}; for all eigenvalues of a "
+            "small matrix take torch.linalg.eigh(op.to_dense())"
+        )
+    usual = 1e-6 if torch.finfo(subject.operator.dtype).eps < 1e-12 else 1e-4
+    return Request(
+        k,
+        which,
+        usual if tol is None else tol,
+        budget,
+        seconds,
+        smallest=subject.smallest(k, which),
+        norm=subject.norm,
+    )
+
+
+def _vector(A: CurvatureOperator) -> int:
+    return A.size * torch.empty((), dtype=A.dtype).element_size()
+
+
+NOTES = (
+    "All are asked for the same pairs, with a residual ‖A x − λ x‖ of at most tol |λ|, from the "
+    "same Gaussian start where they take one; solvers whose tol is absolute, or relative to ‖A‖, "
+    "are given what amounts to it for the last pair.",
+    "Products are counted by the matrix. The one beyond the budget, in products or seconds, raises "
+    "in the solver.",
+    "Residuals, orthogonality, errors, ghosts and missed eigenvalues are measured afterwards, in "
+    "float64, by products that do not count. Costs are medians of the seeds, with the range in "
+    "parentheses; accuracy is that of the worst seed.",
+    "A claim is false where it fails by more than a tenth and ten roundoffs of ‖A‖.",
+    "Memory is that of one more run. On the CPU: arrays of at least half a vector, of torch after "
+    "every operation, of NumPy at products 1, 2, 4, 8 and so on.",
+    "A point of a history is a run of its own, with a smaller budget, or, for solvers that take "
+    "none, a larger tolerance: what the solver would have answered, and what that had cost.",
+)
