@@ -25,8 +25,8 @@ class Request:
     def start(self, A: Counted, columns: int = 1) -> Tensor:
         """The first column is what hessian-eigenthings starts from."""
         generator = torch.Generator().manual_seed(self.seed)
-        X = torch.randn(columns, A.size, generator=generator, dtype=A.dtype).mT
-        return X.to(A.device)
+        rows = [torch.randn(A.size, generator=generator, dtype=A.dtype) for _ in range(columns)]
+        return torch.stack(rows).mT.to(A.device)
 
 
 @dataclass(frozen=True)
