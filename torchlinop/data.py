@@ -42,6 +42,7 @@ class WeightedData(Protocol):
     @property
     def why_passes_differ(self) -> str: ...
     def refuse_reordering(self) -> None: ...  # for matrices that depend on the order
+    def silent(self) -> Iterator[Batch]: ...  # samples that no loss term is of, left out below
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]: ...
 
@@ -55,6 +56,7 @@ class PinnedData:
     weighting: Weighting
     samples: int
     starts: tuple[int, ...]
+    without_terms: tuple[Batch, ...] = ()
     pinned: bool = True
     why_passes_differ: str = "the loss itself is random"
 
@@ -64,6 +66,9 @@ class PinnedData:
 
     def refuse_reordering(self) -> None:
         """Pinned data keep their order."""
+
+    def silent(self) -> Iterator[Batch]:
+        yield from self.without_terms
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]:
         return zip(self.parts, self.shares, strict=True)
@@ -111,6 +116,11 @@ class RereadData:
                 "matrix depends. Pass pin_data=True or shuffle=False"
             )
 
+    def silent(self) -> Iterator[Batch]:
+        for part in self.parts():
+            if not self.weighting.count(part) and count_samples(part):
+                yield part
+
     def parts(self) -> Iterator[Batch]:
         """All that the source gives, also what holds no loss term."""
         with preserved_random_state(self.device):
@@ -141,6 +151,7 @@ def pinned_data(
         weighting,
         sum(samples[b] for b in kept),
         tuple(starts[b] for b in kept),
+        tuple(parts[b] for b, count in enumerate(counts) if not count and samples[b]),
     )
 
 

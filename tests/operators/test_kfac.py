@@ -113,6 +113,16 @@ def test_kfac_is_its_definition(name, fisher_type, approximation, separate, batc
     assert relative(K.to_dense(), reference) < 1e-12
 
 
+@pytest.mark.parametrize("pin_data", [True, False])
+@pytest.mark.parametrize("operator", [KFACOperator, EKFACOperator])
+def test_samples_without_a_loss_term_count_the_same_in_a_batch_of_their_own(operator, pin_data):
+    p = gallery.masked_labels()
+    one = kfac(p, [p.full_batch], operator=operator).to_dense()
+    for size in (None, 1):
+        K = kfac(p, operator=operator, pin_data=pin_data, microbatch_size=size)
+        assert relative(K.to_dense(), one) < 1e-12
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])

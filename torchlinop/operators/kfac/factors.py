@@ -260,7 +260,7 @@ def collect(
     observers: Sequence[Observer],
     vectors: Vectors,
 ) -> None:
-    """Show all data to the observers.
+    """Show all data to the observers: of samples without a loss term, their inputs.
 
     Costs a forward pass, and a backward pass for every vector.
 
@@ -279,6 +279,12 @@ def collect(
                     gradients = tape.gradients(V)
                     for observer in observers:
                         observer.see_gradients(tape, V, gradients, share)
+    with closing(objective.data.silent()) as silent:  # type: ignore[type-var]  # a generator
+        for b, batch in enumerate(silent, start=objective.data.batches):
+            with recorded(objective, b, batch, layers) as tape:
+                tape.refuse_other_axes()
+                for observer in observers:
+                    observer.see_inputs(tape)
 
 
 def _refuse_nonfinite(V: Tensor, b: int) -> None:
