@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from eigen_spectra import matrix, spectrum
@@ -49,6 +50,12 @@ def test_a_file_of_another_problem_is_refused_with_the_difference(tmp_path):
     other = Checkpoint(path, {"n": 400, "dtype": torch.float64, "seed": 1})
     with pytest.raises(OptionError, match=r"is of n=300, seed=0, expected n=400, seed=1; pass"):
         other.load()
+
+
+def test_integers_of_numpy_are_the_same_problem_as_those_of_python(tmp_path):
+    path = tmp_path / "run.safetensors"
+    Checkpoint(path, {"k": np.int64(3)}).save({"V": torch.ones(2)}, {})
+    assert Checkpoint(path, {"k": 3}).load() is not None
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

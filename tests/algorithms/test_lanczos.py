@@ -283,7 +283,7 @@ def test_bfloat16_products_give_what_their_rounding_allows():
     exact = torch.linalg.eigvalsh(matrix("network").bfloat16().double()).flip(0)[:10]
     assert result.eigenvectors.dtype == torch.float32
     assert float((result.eigenvalues.double() - exact).abs().max()) < 2e-2
-    assert result.tol == torch.finfo(torch.bfloat16).eps
+    assert result.tol == 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_verified_residuals_are_those_of_k_more_products():

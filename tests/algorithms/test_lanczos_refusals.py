@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from eigen_spectra import F64, matrix, spectrum
@@ -127,3 +128,13 @@ def test_what_is_no_seed_is_refused_before_any_product(solver, seed):
     with pytest.raises(OptionError, match=f"expected seed to be an integer from 0 on, got {seed}"):
         solver(counted, 3, seed=seed)
     assert counted.matvecs == 0
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [lanczos, lobpcg, deflated_power_iteration, randomized_eigh],
+)
+def test_integers_of_numpy_are_seeds_which_results_hold_as_int(solver):
+    result = solver(OPERATOR, 3, seed=np.int64(7))
+    assert type(result.seed) is int
+    assert torch.equal(result.eigenvalues, solver(OPERATOR, 3, seed=7).eigenvalues)

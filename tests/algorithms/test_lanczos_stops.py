@@ -1,12 +1,14 @@
 """A run that is cut short returns what there is, and says why it stopped and what to do."""
 
+import warnings
+
 import pytest
 import torch
 from eigen_spectra import F64, matrix, spectrum
 
 from torchlinop import LambdaOperator, MatrixOperator
 from torchlinop.algorithms.lanczos import lanczos
-from torchlinop.errors import NotConvergedError, NotConvergedWarning
+from torchlinop.errors import NotConvergedError, NotConvergedWarning, OrthogonalityWarning
 
 EXACT = spectrum("nn", 300)  # ten positive outliers first, five negative ones last
 A = matrix(EXACT)
@@ -113,6 +115,14 @@ def test_an_invariant_space_that_is_too_small_is_said_in_a_run_without_restarts(
     assert bool(result.converged.all())
 
 
+def test_copies_that_a_run_without_restarts_cannot_hold_are_not_claimed_to_be_absent():
+    rank_5 = MatrixOperator(matrix(spectrum("rank 5", 300)))
+    with pytest.warns(OrthogonalityWarning, match="ended after . products, as it does where"):
+        result = lanczos(rank_5, 3, which="SA", reorthogonalize="partial")
+    assert result.status == "stagnated"  # three eigenpairs, but 0 is wanted three times
+    assert float(result.eigenvalues[-1]) > 0.5
+
+
 @pytest.mark.parametrize(
     ("stored", "tol", "rounding"),
     [(torch.bfloat16, 1e-3, "2e-03"), (torch.float16, 1e-4, "2e-04")],
@@ -123,3 +133,18 @@ def test_what_the_rounding_of_the_basis_forbids_is_told_from_noise(stored, tol, 
         result = lanczos(OPERATOR, 5, which="LA", tol=tol, basis_dtype=stored)
     assert result.status == "stagnated"
     assert float(result.residual_norms.max()) == pytest.approx(10 * float(rounding), rel=0.25)
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("seed", range(4))
+def test_true_residuals_of_the_small_end_know_the_rounding_of_the_large_one(mode, seed):
+    B = matrix(spectrum("rank 1", 200)).float()
+    exact = torch.linalg.eigvalsh(B.double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = lanczos(
+            MatrixOperator(B), 1, 40, which="SA", reorthogonalize=mode, seed=seed, verify=True
+        )
+    error = (exact - result.eigenvalues.double()).abs().min()
+    assert float(error) <= float(result.error_bounds[0])
+    assert float(result.residual_norms[0]) > 1e-7 * 10

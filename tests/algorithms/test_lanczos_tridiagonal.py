@@ -27,6 +27,31 @@ def test_no_eigenvalue_comes_twice_from_an_orthogonal_basis(mode, steps):
     assert float(loss) < {"full": 1e-13, "partial": 1e-7}[mode]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_partial_orthogonality_holds_where_each_step_loses_seven_digits(seed):
+    decaying = 0.8 ** torch.arange(250, dtype=F64)
+    operator = MatrixOperator(matrix(decaying))
+    v0 = operator.space.random(1, seed)[:, 0]
+    T = lanczos_tridiagonal(operator, v0, 200, reorthogonalize="partial")
+    assert float((T.basis.T @ T.basis - torch.eye(T.iterations)).abs().max()) < 1e-6
+    ritz = torch.linalg.eigvalsh(T.matrix()).flip(0)[:60]
+    torch.testing.assert_close(ritz, decaying[:60], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["none", "local"])
+def test_a_copy_that_is_about_to_converge_is_not_called_converged(mode):
+    outliers = torch.tensor([100.0, 50, 20, 10, 5, -3, -1], dtype=F64)
+    bulk = 0.01 * torch.randn(193, dtype=F64, generator=torch.Generator().manual_seed(0))
+    operator = MatrixOperator(matrix(torch.cat([outliers, bulk])))
+    copies = []
+    for steps in range(12, 80):
+        with pytest.warns(TorchlinopWarning):
+            result = lanczos(operator, 5, steps, reorthogonalize=mode)
+        X = result.eigenvectors[:, result.converged]
+        copies += [steps] if float((X.T @ X).fill_diagonal_(0).abs().max()) > 0.1 else []
+    assert copies == []
+
+
 @pytest.mark.parametrize("mode", [True, "full", "partial", "local", "none", False])
 def test_tridiagonal_satisfies_the_lanczos_relation(mode):
     operator = OPERATOR

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from torchlinop.adapters.cupy import as_cupy_operator
 from torchlinop.adapters.cupy_memory import copy_of_cupy, cupy, cupy_of
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Status, Target
@@ -73,7 +72,7 @@ def cupy_eigsh(
         k: how many pairs, at most n - 3.
         max_iter: the budget of products, 50 ncv unless given.
         which: ``"LM"`` largest |λ|, ``"LA"`` largest, ``"SA"`` smallest.
-        tol: relative; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
+        tol: relative; 1e-6 in float64, 1e-4 in float32, two roundoffs of what is coarser.
         seed: of the start.
         ncv: vectors in the basis, max(2 k, k + 32) unless given, as in cupyx.
         v0: a start (n,), which is not written to, or an earlier result.
@@ -145,7 +144,7 @@ def cupy_lobpcg(
         max_iter: the budget of products, 200 k unless given.
         which: ``"LA"`` largest, ``"SA"`` smallest.
         preconditioner: M, about (A − σ I)⁻¹ for a σ beyond the end wanted, on the same space.
-        tol: relative; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
+        tol: relative; 1e-6 in float64, 1e-4 in float32, two roundoffs of what is coarser.
         seed: of the start.
         v0: a start (n,) or (n, b) with b up to k, which is not written to, or an earlier result.
         progress: show a bar that counts products, on a terminal.
@@ -299,7 +298,7 @@ class Rounds:
             # Where its Cholesky factor fails, lobpcg multiplies None.
             reason = f"{self.name} failed ({type(error).__name__}: {error})"
             raise _BreakdownError(reason, products) from error
-        gram = inner(products.operator.space, X, X).cpu()
+        gram = products.operator.space.inner(X, X).cpu()
         if not bool(torch.isfinite(gram).all()):
             raise _BreakdownError(f"{self.name} gave NaN, as for matrices of low rank", products)
         if float((gram - torch.eye(len(gram))).abs().max()) > _SKEW:

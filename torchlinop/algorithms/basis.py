@@ -18,11 +18,6 @@ def small_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def inner(space: VectorSpace, X: Tensor, Y: Tensor) -> Tensor:
-    """``X^H Y`` in double precision."""
-    return space.inner(X, Y)
-
-
 def subtract(W: Tensor, V: Tensor, H: Tensor) -> None:
     """``W -= V H``, in place and without memory of length n."""
     if W.shape[1] == 1:

@@ -10,7 +10,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from torchlinop.algorithms.probes import refuse_seed
+from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import multiply, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.errors import OptionError
@@ -127,7 +127,7 @@ def block_coupling(
     Source: the metrics of Granziol and Juarev, Hessian spectral analysis at foundation model
     scale, arXiv:2602.00816, section 6, as ratios of means.
     """
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     if num_probes < 2:
         raise OptionError(
             f"expected num_probes to be at least 2, for standard errors, got {num_probes}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ class Checkpoint:
     """A file for the state of one run: tensors, and numbers and strings as JSON has them.
 
     ``fingerprint`` says of which problem the state is (n, dtype, seed, ...): whatever a run must
-    agree in to continue bit by bit. Dtypes and devices are written as strings.
+    agree in to continue bit by bit. Dtypes and devices are written as strings, integers of numpy
+    as integers.
     """
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.fingerprint = json.loads(json.dumps(dict(fingerprint), default=str))
+        self.fingerprint = json.loads(json.dumps(dict(fingerprint), default=_in_json))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors, on the CPU, and the numbers; None where there is no file yet.
@@ -74,6 +76,10 @@ class Checkpoint:
                 f"checkpoint {self.path} is of {_listed(theirs, different)}, expected "
                 f"{_listed(ours, different)}; pass another path, or delete the file"
             )
+
+
+def _in_json(value: object) -> int | str:
+    return int(value) if isinstance(value, Integral) else str(value)
 
 
 def _listed(fingerprint: Mapping[str, Any], names: list[str]) -> str:

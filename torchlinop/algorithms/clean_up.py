@@ -27,10 +27,12 @@ def cleaned_up(products: Products, found: Found, target: Target, seed: int) -> F
         AX = products.columns(X)
     except KeyboardInterrupt:
         return _as_found(dataclasses.replace(found, status="interrupted"))
-    ritz, X = Projector(products, seed).pairs(X, AX, target.which, X.shape[1])
+    ritz, X = Projector(products, seed, found.ritz.norm).pairs(X, AX, target.which, X.shape[1])
     # The values beyond those wanted are what gaps are measured to.
-    values = torch.cat([ritz.values, found.ritz.values[len(ritz.values) :]])
-    ritz = dataclasses.replace(ritz, values=values, norm=max(ritz.norm, found.ritz.norm))
+    others = slice(len(ritz.values), None)
+    values = torch.cat([ritz.values, found.ritz.values[others]])
+    residuals = torch.cat([ritz.residuals, found.ritz.residuals[others]])
+    ritz = dataclasses.replace(ritz, values=values, residuals=residuals)
     status = named(found.status, target, ritz)
     return dataclasses.replace(found, ritz=ritz, X=X, status=status, kind="true")
 

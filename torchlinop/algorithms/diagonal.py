@@ -10,16 +10,15 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.early_stop import announced, notes, taken
 from torchlinop.algorithms.leave_one_out import drop, without_direction
 from torchlinop.algorithms.probes import (
     Probes,
+    checked_seed,
     forms,
     on_host,
     real_part,
     refuse_num_matvecs,
-    refuse_seed,
     unit_vectors,
 )
 from torchlinop.algorithms.products import Products, run_of_products
@@ -100,7 +99,7 @@ def diagonal(
         NotConvergedError: time was over before n products, of which the exact diagonal is made.
     """
     refuse_num_matvecs(num_matvecs)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     if method not in get_args(DiagonalMethod):
         raise OptionError(
             f"unknown method {method!r}; choose one of {', '.join(get_args(DiagonalMethod))}"
@@ -192,7 +191,7 @@ def _xdiag(products: Products, num_matvecs: int, seed: int) -> _Found:
     sketch = RangeAndImage(products, "rademacher", seed)
     stopped = taken(products, sketch.grow(num_matvecs // 2), lambda: sketch.size)
     Q, Z, Omega = sketch.Q, sketch.Z, sketch.Omega
-    R, T = on_host(products, sketch.R, inner(products.operator.space, Z, Omega))
+    R, T = on_host(products, sketch.R, products.operator.space.inner(Z, Omega))
     refuse_asymmetric(SymmetryWatch(products, seed), R, T)
     S = normals(R)
     estimate, stderr = Q.new_empty(2, len(Q))

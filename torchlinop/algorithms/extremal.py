@@ -10,7 +10,7 @@ from typing import ClassVar, TypedDict, Unpack
 import torch
 
 from torchlinop.algorithms.early_stop import announced, notes, taken
-from torchlinop.algorithms.probes import Probes, refuse_num_matvecs, refuse_seed
+from torchlinop.algorithms.probes import Probes, checked_seed, refuse_num_matvecs
 from torchlinop.algorithms.products import Products, breakdown, roundoff
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.symmetric_run import symmetric_run
@@ -89,7 +89,7 @@ def bracket(
 ) -> ExtremalEigenvalues:
     """``extremal_eigenvalues`` without a warning to the caller."""
     refuse_num_matvecs(num_matvecs)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     A = UnitScale(op)
     with symmetric_run(
         A, seed=seed, total=num_matvecs, max_seconds=max_seconds, progress=progress

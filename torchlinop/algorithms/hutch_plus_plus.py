@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.hutchinson import Estimate, of_independent
@@ -82,11 +81,11 @@ class HutchPlusPlus:
         old, space = self._split, self._products.operator.space
         Q = self._basis.Q[:, old.rank : rank]
         Z = self._products(Q)
-        H = inner(space, Q, Z)
+        H = space.inner(Q, Z)
         changes = [old.residuals[:0]]
         for G in self._tests.chunks(0, len(old.residuals)):
             G = self._basis.project_out(G, old.rank)  # noqa: PLW2901
-            C, ZG = inner(space, Q, G), inner(space, Z, G)
+            C, ZG = space.inner(Q, G), space.inner(Z, G)
             changes.append((C * (H @ C - 2 * ZG)).sum(0))
         return _Split(rank, old.captured + H.trace(), old.residuals + torch.cat(changes))
 
@@ -134,11 +133,11 @@ class NonAdaptiveHutchPlusPlus:
         space = self._products.operator.space
         s, r, g = self._widths
         W, Z = self._W.columns[:, :s], self._Z.columns[:, :r]
-        SZ = torch.cat([inner(space, S, Z) for S in self._S.chunks(0, s)])
-        GZ = torch.cat([inner(space, G, Z) for G in self._G.chunks(0, g)])
-        GW = torch.cat([inner(space, G, W) for G in self._G.chunks(0, g)])
+        SZ = torch.cat([space.inner(S, Z) for S in self._S.chunks(0, s)])
+        GZ = torch.cat([space.inner(G, Z) for G in self._G.chunks(0, g)])
+        GW = torch.cat([space.inner(G, W) for G in self._G.chunks(0, g)])
         SZ, GZ, GW, WZ, GAG = on_host(
-            self._products, SZ, GZ, GW, inner(space, W, Z), torch.cat(self._forms)[:g]
+            self._products, SZ, GZ, GW, space.inner(W, Z), torch.cat(self._forms)[:g]
         )
         # Singular values below the rounding of the products say nothing.
         eps = torch.finfo(self._products.operator.dtype).eps

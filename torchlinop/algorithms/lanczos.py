@@ -18,7 +18,7 @@ from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import KrylovDecomposition, Limits, Run, Status, Which
 from torchlinop.algorithms.orthogonal import random_block
 from torchlinop.algorithms.plain_lanczos import plain_lanczos
-from torchlinop.algorithms.probes import refuse_seed
+from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of
 from torchlinop.algorithms.ritz_result import Found, finished
@@ -73,11 +73,12 @@ def lanczos(
         max_iter: the budget of products, 50 ncv unless given.
         which: ``"LM"`` largest |λ|, ``"LA"`` largest, ``"SA"`` smallest, ``"BE"`` half from
             either end, with the odd one from the upper.
-        tol: relative; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
+        tol: relative; 1e-6 in float64, 1e-4 in float32, two roundoffs of what is coarser.
         seed: of the start and of what replaces vectors at a breakdown.
         reorthogonalize: True or ``"full"``; ``"partial"``, ``"local"``, ``"none"`` or False take
             ``max_iter`` steps (6 k unless given) without restart, see ``lanczos_tridiagonal``.
-        ncv: vectors in the basis, max(2k + 1, 20) unless given; fewer where memory is short.
+        ncv: vectors in the basis, max(2k + 1, 20, k + 6 block_size) unless given; fewer where
+            memory is short.
         block_size: columns a product, 1 unless given (or those of v0). ``"auto"`` times a block
             of four against single products, so that results may differ between machines.
         v0: a start (n,), a block (n, b), or an earlier result, of a similar operator say: its
@@ -119,7 +120,7 @@ def lanczos(
         basis_dtype, basis_device,
     )  # fmt: skip
     request.refuse()
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     file = RunFile(checkpoint, request, seed)
     request = file.as_begun(request)
     target = request.target()

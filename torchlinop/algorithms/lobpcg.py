@@ -16,7 +16,7 @@ from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target, Which
 from torchlinop.algorithms.orthogonal import IN_SPAN, orthonormalize, real_dtype
-from torchlinop.algorithms.probes import refuse_seed
+from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, RayleighRitz, residual_block
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
@@ -71,7 +71,7 @@ def lobpcg(
             same space, ``KFACOperator(...).inverse(damping)`` say.
         guard: columns beside those wanted, max(2, k // 2) unless given.
         v0: a start (n,), a block (n, b) with b up to k + guard, or an earlier result.
-        tol: relative; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
+        tol: relative; 1e-6 in float64, 1e-4 in float32, two roundoffs of what is coarser.
         seed: of the random part of the start.
         verify: judge convergence by k further products, not by the recurrence of A X.
         max_seconds: return what there is after this time.
@@ -90,7 +90,7 @@ def lobpcg(
         tensor([1., 2.], dtype=torch.float64)
     """
     target = target_of(op, k, _checked(which), tol)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     guard = max(2, k // 2) if guard is None else guard
     b = min(op.size, k + guard)
     budget = 200 * b if max_iter is None else max_iter

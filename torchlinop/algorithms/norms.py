@@ -18,9 +18,9 @@ from torchlinop.algorithms.hutchinson import of_independent
 from torchlinop.algorithms.probes import (
     WIDTH,
     Probes,
+    checked_seed,
     on_host,
     refuse_num_matvecs,
-    refuse_seed,
     unit_vectors,
 )
 from torchlinop.algorithms.products import Products, roundoff, run_of_products
@@ -102,7 +102,7 @@ def norm(
         raise OptionError(f'unknown ord {ord!r}; choose 2, "fro" or "nuc"')
     m = _USUAL[ord] if num_matvecs is None else num_matvecs
     refuse_num_matvecs(m)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     found = _NORMS[ord](op, m, seed, max_seconds, progress)
     result = NormResult(
         found.estimate, found.stderr, found.lower, found.upper, str(ord), found.matvecs, op.size,

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner, small_dtype
+from torchlinop.algorithms.basis import small_dtype
 from torchlinop.algorithms.extremal import extremal_eigenvalues
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
-from torchlinop.algorithms.probes import on_host, refuse_seed
+from torchlinop.algorithms.probes import checked_seed, on_host
 from torchlinop.algorithms.products import roundoff, run_of_products
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import DefinitenessError, OptionError
@@ -60,7 +60,7 @@ class NystromOperator(CurvatureOperator):
 
     def _matmat(self, V: Tensor) -> Tensor:
         W = V.to(self.U.dtype)
-        C = inner(self.space, self.U, W)
+        C = self.space.inner(self.U, W)
         C *= (self.eigenvalues - self.beyond).to(C.device)[:, None]
         return (self.beyond * W).addmm_(self.U, C.to(W.dtype)).to(V.dtype)
 
@@ -91,7 +91,7 @@ def nystrom(
         DefinitenessError: A has a negative eigenvalue; NonFiniteError: products are not finite.
     """
     _refuse(op, rank, shift)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     _refuse_negative(op, seed)
     space, eps = op.space, roundoff(op.dtype)
     Omega = starting_block(op, None, rank, seed)
@@ -99,7 +99,7 @@ def nystrom(
         Y = products.columns(Omega)
         basis = OrthonormalColumns(space, rank)
         R, W, H = on_host(
-            products, basis.extend(Y), inner(space, basis.Q, Omega), inner(space, Omega, Y)
+            products, basis.extend(Y), space.inner(basis.Q, Omega), space.inner(Omega, Y)
         )
     H = (H + H.mT) / 2
     ritz_values = torch.linalg.eigvalsh(H)

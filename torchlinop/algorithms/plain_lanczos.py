@@ -68,10 +68,10 @@ def _ritz(recurrence: Recurrence, target: Target) -> Ritz:
     order = order_of(values, target.which)
     values, Y = values[order], Y[:, order]
     norm = float(values.abs().max())
-    floor = ROUNDING * target.eps * norm
+    floor = 2 * ROUNDING * target.eps * norm  # of many steps that nothing makes good
     # What was taken from vectors or dropped, T does not know; and the recurrence rounds as well.
     unknown = recurrence.errors[: len(Y)].cpu() @ Y.abs()
-    noise = (unknown**2 + (1.5 * floor) ** 2).sqrt()
+    noise = (unknown**2 + floor**2).sqrt()
     residuals = torch.hypot(noise, T.residual_norm * Y[-1])
     return Ritz(values, Y, residuals, Y[-1:], norm, floor, noise)
 

@@ -20,7 +20,7 @@ from torchlinop.algorithms.orthogonal import (
     real_dtype,
     removed,
 )
-from torchlinop.algorithms.probes import refuse_seed
+from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished
@@ -91,7 +91,7 @@ def deflated_power_iteration(
         k: how many pairs.
         max_iter: the budget of products of each pair.
         momentum: β, in units of A².
-        tol: relative residual; 1e-6 in float64, 1e-4 in float32, a roundoff of what is coarser.
+        tol: relative residual; 1e-6 in float64, 1e-4 in float32, two roundoffs of what is coarser.
         v0: starts, a column a pair, or an earlier result; random ones where they are too few.
         seed: of the random part of the start.
         max_seconds: return what there is after this time, the pair under way too.
@@ -103,7 +103,7 @@ def deflated_power_iteration(
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
     """
     target = target_of(op, k, "LM", tol)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     if max_iter < 1:
         raise OptionError(f"expected max_iter to be at least 1, got {max_iter}; take 1000, say")
     if not 0 <= momentum < math.inf:

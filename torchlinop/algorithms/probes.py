@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -85,10 +86,19 @@ def refuse_num_matvecs(num_matvecs: int) -> None:
         )
 
 
-def refuse_seed(seed: int) -> None:
-    """Raise OptionError unless this is a seed."""
-    if not isinstance(seed, int) or seed < 0:
+def checked_seed(seed: int) -> int:
+    """The seed as an int, whatever integer it was: files and results hold it.
+
+    Raises:
+        OptionError: it is no integer, or negative.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if number < 0:
         raise OptionError(f"expected seed to be an integer from 0 on, got {seed!r}; leave it out")
+    return number
 
 
 def real_part(op: CurvatureOperator) -> CurvatureOperator:

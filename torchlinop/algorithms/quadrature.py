@@ -15,7 +15,7 @@ from torch import Tensor
 from torchlinop.algorithms.checkpoint import Checkpoint
 from torchlinop.algorithms.early_stop import announced
 from torchlinop.algorithms.estimates import refuse_probability
-from torchlinop.algorithms.probes import Probes, refuse_seed
+from torchlinop.algorithms.probes import Probes, checked_seed
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.quadrature_result import Quadrature, SpectralSum
 from torchlinop.algorithms.symmetric_run import symmetric_run
@@ -94,7 +94,7 @@ def quadrature_of(
     checkpoint: str | Path | None = None,
 ) -> Quadrature:
     """``slq`` without a warning to the caller."""
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     at_once = num_probes if probes_at_once is None else probes_at_once
     if min(num_probes, num_steps, at_once) < 1:
         raise OptionError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
-from torchlinop.algorithms.probes import refuse_seed
+from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector
 from torchlinop.algorithms.ritz_result import Found, bytes_of, eigen_result
@@ -42,7 +42,7 @@ def randomized_eigh(
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
     """
     target = target_of(op, k, "LM", tol)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     if oversampling < 0 or power_iterations < 0:
         raise OptionError(
             "expected oversampling and power_iterations to be at least 0, got "

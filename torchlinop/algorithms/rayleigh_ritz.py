@@ -32,12 +32,12 @@ class RayleighRitz:
 class Projector:
     """Projects a matrix on spans, and looks whether it is finite and symmetric there."""
 
-    def __init__(self, products: Products, seed: int) -> None:
+    def __init__(self, products: Products, seed: int, norm: float = 0.0) -> None:
         self.space = products.operator.space
         self.products = products
         self.watch = SymmetryWatch(products, seed)
         self.eps = roundoff(products.operator.dtype)
-        self.norm = 0.0  # the largest |θ| so far, an estimate of ‖A‖ from below
+        self.norm = norm  # the largest |θ| so far, an estimate of ‖A‖ from below
         self.floor = 0.0  # what rounding and noise make of a residual
 
     def __call__(self, S: Tensor, AS: Tensor, which: Which) -> RayleighRitz:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.orthogonal import real_dtype
-from torchlinop.algorithms.probes import refuse_seed
+from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.starting_block import starting_block
@@ -118,7 +118,7 @@ def stochastic_power_iteration(
         True
     """
     _refuse(steps, momentum, tail)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     draws = _Draws(operators, seed)
     share = max(_JUDGES, round(tail * steps))
     v = starting_block(draws.first, v0, 1, seed)

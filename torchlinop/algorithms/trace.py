@@ -12,11 +12,11 @@ import torch
 from torchlinop.algorithms.early_stop import announced, notes, taken
 from torchlinop.algorithms.hutchinson import Estimate
 from torchlinop.algorithms.probes import (
+    checked_seed,
     forms,
     on_host,
     real_part,
     refuse_num_matvecs,
-    refuse_seed,
     unit_vectors,
 )
 from torchlinop.algorithms.products import Products, roundoff, run_of_products
@@ -84,7 +84,7 @@ def trace(
         6.0
     """
     _refuse_options(num_matvecs, rtol, method, distribution)
-    refuse_seed(seed)
+    seed = checked_seed(seed)
     A = UnitScale(real_part(op))
     budget = num_matvecs or (_USUAL if rtol is None else _MOST)
     name = suitable(A, budget) if method == "auto" else method

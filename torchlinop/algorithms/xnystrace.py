@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.hutchinson import Estimate
 from torchlinop.algorithms.leave_one_out import Rescaling, drop, jackknifed, rescaling
 from torchlinop.algorithms.probes import on_host
@@ -59,7 +58,7 @@ class XNysTrace:
         """
         space, Omega, Q = self._op.space, self._sketch.Omega, self._sketch.Q
         W, G, R = on_host(
-            self._products, inner(space, Q, Omega), inner(space, Omega, Omega), self._sketch.R
+            self._products, space.inner(Q, Omega), space.inner(Omega, Omega), self._sketch.R
         )
         n, k = space.size, len(R)
         H = W.T @ R  # ΩᵀAΩ

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from torchlinop.algorithms.basis import inner
 from torchlinop.algorithms.hutchinson import Estimate
 from torchlinop.algorithms.leave_one_out import (
     Rescaling,
@@ -60,9 +59,9 @@ class XTrace:
         Q, Z, Omega = sketch.Q, sketch.Z, sketch.Omega
         H, W, T, R, squares = on_host(
             self._products,
-            inner(space, Q, Z),
-            inner(space, Q, Omega),
-            inner(space, Z, Omega),
+            space.inner(Q, Z),
+            space.inner(Q, Omega),
+            space.inner(Z, Omega),
             sketch.R,
             space.norm(Omega).double() ** 2,
         )

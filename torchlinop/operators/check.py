@@ -91,7 +91,8 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
 
     products = torch.stack([Av, Au, scaled, mixed, again])
     products_at = float(space.norm(Au)) + float(space.norm(Av))
-    defect = abs(complex(torch.vdot(u, Av) - torch.vdot(Au, v)))
+    forms = space.inner(u[:, None], Av[:, None]) - space.inner(Au[:, None], v[:, None])
+    defect = float(forms.abs())
     eps = torch.finfo(space.dtype).eps
     linearity = relative(mixed - Au - _FACTOR * Av, Au, Av)
     noise = max(linearity, relative(scaled - _FACTOR * Av, _FACTOR * Av))
