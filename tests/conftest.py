@@ -23,6 +23,11 @@ hypothesis.settings.load_profile("everywhere")
 torch.set_num_threads(1)
 
 
+def pytest_collectstart() -> None:
+    """What a module draws when it is imported is the same, whichever were imported before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same random numbers, whichever tests ran before it."""

@@ -455,7 +455,9 @@ def test_a_module_with_a_state_is_the_same_at_every_call_and_left_as_it_was(way)
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.CrossEntropyLoss(WEIGHT), nn.HuberLoss(), nn.L1Loss(), quartic], ids=str
+    "loss",
+    [nn.CrossEntropyLoss(WEIGHT), nn.HuberLoss(), nn.L1Loss(), quartic],
+    ids=["CrossEntropyLoss", "HuberLoss", "L1Loss", "quartic"],
 )
 def test_losses_can_be_pickled(loss):
     kind = "labels" if isinstance(loss, nn.CrossEntropyLoss) else "real"

@@ -96,7 +96,11 @@ def test_unclear_batches_are_refused(batch, described):
         supervised_forward(nn.Identity(), batch)
 
 
-@pytest.mark.parametrize("batch", [{"a": X}, X, (X,), (X, "text"), 3], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    [{"a": X}, X, (X,), (X, "text"), 3],
+    ids=["mapping", "tensor", "one part", "text", "number"],
+)
 def test_batches_without_targets_are_refused(batch):
     with pytest.raises(BatchError, match="could not tell inputs from targets"):
         targets_of(batch)
