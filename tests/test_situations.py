@@ -323,7 +323,7 @@ def test_checkpointed_segments_are_recomputed_at_the_parameters_of_the_operator(
 
 def test_keeping_the_graph_of_a_checkpointed_model_is_refused():
     p = gallery.checkpointed()
-    with pytest.raises(CheckpointError, match='Pass linearization="rebuild"'):
+    with pytest.raises(CheckpointError, match='pass linearization="rebuild"'):
         HessianOperator(p.model, p.batches, p.loss_fn, linearization="keep")
 
 

@@ -64,9 +64,10 @@ class CudaRecorder:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": what other threads allocate meanwhile, loaders say, does no harm.
-        with torch.cuda.graph(
+        captured = torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
+        )
+        with torch.cuda.stream(stream), captured:  # older torch stays on it if a capture fails
             output = work()
         return graph.replay, output
 
@@ -76,8 +77,10 @@ class CudaRecorder:
         with self._lock:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._replayed)
-            yield
-            self._replayed.record(stream)
+            try:
+                yield
+            finally:  # what was launched before an error still reads the pool
+                self._replayed.record(stream)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Graph:
     def __call__(self, V: Tensor, *constants: Tensor) -> Tensor:
         with torch.cuda.device_of(V), self.recorder.turn():
             self.input.copy_(V)
+            if V.is_cuda:  # or its memory, once evicted, may be given away under another stream
+                self.input.record_stream(torch.cuda.current_stream())
             self.replay()
             return self.output.clone()
 

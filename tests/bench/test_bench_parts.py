@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,15 @@ import torch
 
 import torchlinop
 from torchlinop import HessianOperator, MatrixOperator
-from torchlinop.bench import eigsh_stage, gpu_stages, gpu_tests, product_stage, timing
+from torchlinop.bench import (
+    eigsh_stage,
+    gpu_stages,
+    gpu_tests,
+    outcomes,
+    product_stage,
+    timing,
+    worker,
+)
 from torchlinop.bench.candidates import CL, GGN, HE, HESSIAN, OURS
 from torchlinop.bench.claims import Claim, claims
 from torchlinop.bench.clock import Clock, TimeSpentError, shares
@@ -24,9 +33,12 @@ from torchlinop.bench.gpu_report import document, text
 from torchlinop.bench.gpu_workloads import WORKLOADS
 from torchlinop.bench.peaks import peak_above
 from torchlinop.bench.records import append, read
+from torchlinop.bench.stages import Setting, Stage
 from torchlinop.bench.supervisor import supervise
 from torchlinop.bench.variants import keywords, variants
 from torchlinop.bench.worker import ending
+from torchlinop.compiled import Compiled
+from torchlinop.traced import traced
 
 CPU = torch.device("cpu")
 
@@ -337,6 +349,49 @@ def test_outcome_of_every_test_is_written_once_with_its_reason(tmp_path):
     }
     assert "AssertionError" in found[2]["reason"]
     assert "ValueError" in found[5]["reason"]
+
+
+def test_slow_tests_come_last_and_others_stay_in_order():
+    names = ["a::one[compile]", "a::both_of", "b::two[3-both]", "b::sanitizer", "c::four"]
+    items = [SimpleNamespace(nodeid=name) for name in names]
+    outcomes.pytest_collection_modifyitems(items)
+    assert [names.index(item.nodeid) for item in items] == [1, 4, 0, 2, 3]
+
+
+def test_compiled_entries_begin_with_what_starts_fast():
+    order = [e.variant for e in product_stage.compiled_entries()]
+    assert order == sorted(order, key=["eager", "cuda_graphs", "compile"].index)
+
+
+def test_solver_that_takes_all_the_time_leaves_what_the_others_found(monkeypatch):
+    now = [0.0]
+
+    def slow(op, request):
+        now[0] = 100.0
+        return WAYS[LANCZOS](op, request)
+
+    monkeypatch.setitem(WAYS, SCIPY, slow)
+    setting = Setting(CPU, True, Clock(50.0, lambda: now[0]))
+    found = {r["way"]: r for r in eigsh_stage.measured(setting, "mlp")}
+    assert len(found[LANCZOS]["seconds"]) == 1
+    assert found[LANCZOS]["accurate"]
+    assert found[SCIPY]["failure"] == "the time of this stage was spent"
+
+
+def test_products_that_did_not_compile_are_not_reported_as_compiled(monkeypatch, tmp_path):
+    def fails(*arguments):
+        raise RuntimeError("no compiler")
+
+    def run(setting):
+        V = torch.ones(2, 1)
+        Compiled(lambda run: fails, ("cpu",))(traced(lambda V: 2 * V, V), V)
+        yield {}
+
+    monkeypatch.setitem(worker.STAGES, "compiled", Stage("compiled", "", 1.0, run))
+    worker.work(["compiled"], CPU, True, 60.0, tmp_path / "records")
+    (ended,) = read(tmp_path / "records")[1:]
+    assert ended["status"] == "failed"
+    assert "torch.compile failed (RuntimeError: no compiler)" in ended["reason"]
 
 
 def test_every_package_of_the_checkout_knows_its_tests(monkeypatch, tmp_path):

@@ -75,6 +75,7 @@ def test_a_bad_spec_is_one_sentence_and_code_2(spec, sentence, module, capsys):
     [
         (["--solver", "nope"], "unknown eigensolver 'nope'"),
         (["-k", "0"], "expected k and seconds to be positive"),
+        (["--json", "."], "error: . is a folder; give the name of a file"),
         (["--html", "/no/such/folder/out.html"], "no folder /no/such/folder to write out.html"),
     ],
 )

@@ -83,6 +83,29 @@ def test_a_false_claim_is_named(solver, reason):
     assert reason in row.remarks
 
 
+def test_a_claim_of_nan_hides_no_other():
+    claimed = torch.tensor([torch.nan, 1e-9, torch.nan, 1e-9])
+    for claims in ({"residuals": claimed}, {"bounds": claimed}):
+        assert row_of(lambda A, r, c=claims: Answer(EXACT + 1e-3, X, **c)).verdict == "false claim"
+
+
+def test_claims_of_convergence_may_be_numbers():
+    row = row_of(lambda A, r: Answer(EXACT, X, converged=[1, 1, 1, 0]))
+    assert (row.verdict, row.claimed) == ("ok", 3)
+
+
+def test_what_is_near_no_eigenvalue_is_no_copy():
+    row = row_of(convergence_claimed)
+    assert (row.ghosts, row.remarks) == (0, "FALSE: 4 of 4 pairs called converged are not")
+
+
+def test_copies_that_are_not_called_converged_are_no_false_claim():
+    i = torch.tensor([0, 1, 2, 2])
+    off = torch.tensor([0, 0, 1e-3, 1e-3])
+    row = row_of(lambda A, r: Answer(EXACT[i] + off, X[:, i], converged=off == 0))
+    assert (row.verdict, row.ghosts) == ("not reached", 1)
+
+
 def test_small_residuals_do_not_hide_that_an_eigenvalue_is_missing():
     row = row_of(skips_the_first)
     assert (row.verdict, row.false) == ("wrong", ())
@@ -148,6 +171,9 @@ def none_at_all(A, request):
         (lambda A, r: ("three", X), "VectorError: expected numbers, got str"),
         (too_few, "^2 of 4 pairs$"),
         (none_at_all, "^0 of 4 pairs$"),
+        (lambda A, r: (EXACT, X * torch.tensor([1, 0, 1, 1])), "1 of 4 eigenvectors are zero"),
+        (lambda A, r: Answer(EXACT, X, EXACT[:2]), "expected residuals of 4 pairs, got 2"),
+        (lambda A, r: Answer(EXACT, X, converged=True), "expected converged of 4 pairs, got 1"),
         (lambda A, r: A @ X[:3], "VectorError: "),
     ],
 )
@@ -224,6 +250,14 @@ def test_ctrl_c_returns_the_rows_there_are():
     assert "interrupted" in found.warnings[0]
 
 
+def test_ctrl_c_before_the_first_row_is_ctrl_c():
+    def interrupted(A, request):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(A, K, solvers=[interrupted], seeds=1, memory=False, histories=False)
+
+
 def test_warnings_of_a_solver_are_kept_and_not_raised():
     def warns(A, request):
         warnings.warn("half way", stacklevel=1)
@@ -290,6 +324,9 @@ def test_a_matrix_that_changes_is_said_to():
         ({"k": N}, "expected k below n = 60"),
         ({"truth": "exact"}, 'expected truth to be eigenvalues or "dense"'),
         ({"truth": torch.ones(N + 1)}, "expected at most 60 true eigenvalues"),
+        ({"truth": torch.full((N,), torch.nan)}, "or NaN in it; pass a vector"),
+        ({"truth": {"B": "dense"}}, "expected truth by the names of problems, '', got 'B'"),
+        ({"seeds": [3, -1]}, r"expected seeds from 0 to 2\*\*32 - 1, got \[3, -1\]"),
     ],
 )
 def test_a_bad_question_is_refused(options, message):
@@ -297,7 +334,7 @@ def test_a_bad_question_is_refused(options, message):
         compare(A, **{"k": K, **options})
 
 
-@pytest.mark.parametrize("problems", [{}, "A", 3])
+@pytest.mark.parametrize("problems", [{}, "A", 3, torch.nn.Linear(2, 2), lambda v: 2 * v])
 def test_what_is_no_problem_is_refused(problems):
     with pytest.raises(OptionError, match=r"expected (at least one problem|an operator)"):
         compare(problems)

@@ -9,9 +9,17 @@ import pytest
 import scipy.sparse.linalg
 import torch
 
-from torchlinop import CountingOperator, LambdaOperator, lanczos
+from torchlinop import (
+    CountingOperator,
+    HessianOperator,
+    LambdaOperator,
+    MatrixOperator,
+    lanczos,
+)
 from torchlinop.compare import Request, compare, eigensolver
-from torchlinop.testing import RotatedOperator, gallery, spectra
+from torchlinop.testing import RotatedOperator, gallery, problem, spectra
+from torchlinop.testing.digits import digits_mlp
+from torchlinop.testing.problems import haar
 
 N, K = 200, 10
 QUICK = {"seeds": 1, "histories": False, "memory": False}
@@ -54,6 +62,28 @@ def test_ghosts_of_a_hundred_steps_without_reorthogonalization_are_flagged(probl
     assert without.ghosts > 0
     assert "copies of others" in without.remarks
     assert (with_it.verdict, with_it.ghosts, with_it.missed) == ("ok", 0, 0)
+
+
+def the_hessian_of_a_network():
+    p = digits_mlp()
+    return HessianOperator(p.model, p.batches[:1], p.loss_fn)
+
+
+@pytest.mark.parametrize(
+    "build", [the_hessian_of_a_network, lambda: problem("digits softmax")], ids=["mlp", "softmax"]
+)
+def test_the_ordering_is_the_same_on_digits(build):
+    pytest.importorskip("sklearn")
+    ordered = ["torchlinop lanczos", "scipy eigsh", "scipy lobpcg", "torch lobpcg"]
+    asked = [*ordered, "hessian-eigenthings lanczos, 100 steps*"]
+    rows = {row.solver: row for row in compare(build, K, solvers=asked, **QUICK).rows}
+    ours, arpack, lobpcg, torchs = (rows[name].products.median for name in ordered)
+    assert max(ours, arpack) <= 1.2 * min(ours, arpack)
+    assert 2 * max(ours, arpack) < lobpcg < torchs / 2
+    if not (ghostly := rows["hessian-eigenthings lanczos, 100 steps"]).failures:
+        assert ghostly.verdict == "false claim"
+        assert "copies of others" in ghostly.remarks
+        assert rows["hessian-eigenthings lanczos, 100 steps, reorthogonalized"].verdict == "ok"
 
 
 def test_all_solvers_installed_answer_without_a_failure():
@@ -157,6 +187,47 @@ def test_a_matrix_may_come_in_any_form(problem):
     found = compare(problem, 3, solvers=["torchlinop lanczos"], truth="dense", **QUICK)
     assert found.rows[0].verdict == "ok"
     assert found.rows[0].error < 1e-9
+
+
+@pytest.mark.parametrize("build", [False, True])
+def test_a_problem_of_testing_comes_with_its_name_and_eigenvalues(build):
+    known = problem("clustered", 60, rotation=haar)  # a matrix, which knows no eigenvalues
+    asked = (lambda: known) if build else known
+    found = compare(asked, 7, solvers=["torchlinop lanczos, block_size=4"], **QUICK)
+    assert "all eigenvalues known" in found.facts["clustered"]
+    assert (found.row("torchlinop lanczos, block_size=4").missed, found.rows[0].verdict) == (
+        0,
+        "ok",
+    )
+
+
+def test_true_eigenvalues_may_be_an_array_and_names_numbers(tmp_path):
+    A = torch.diag(torch.arange(1.0, 31.0, dtype=torch.float64))
+    truth = {1: np.arange(1.0, 31.0), 2: None}
+    found = compare({1: A, 2: A}, 3, solvers=["torchlinop lanczos"], truth=truth, **QUICK)
+    assert [row.missed for row in found.rows] == [0, None]
+    assert "<h2>1</h2>" in found.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_eigenvalues_that_are_not_all_of_an_operator_are_no_truth():
+    A = RotatedOperator(spectra.neural(60))
+    part = MatrixOperator(A.to_dense())
+    part.eigenvalues = A.eigenvalues[:5]  # of a factor, perhaps
+    assert compare(part, 3, solvers=["dense*"], **QUICK).rows[0].missed is None
+
+
+def test_tolerances_relative_to_the_norm_are_as_with_known_eigenvalues():
+    values = torch.cat([torch.linspace(-50, 0, 400, dtype=torch.float64), torch.ones(1).double()])
+    asked = []
+
+    def asks(A, request):
+        asked.append(request.tol_of_norm)
+
+    known = RotatedOperator(values)
+    compare(
+        {"known": known, "unknown": MatrixOperator(known.to_dense())}, 1, solvers=[asks], **QUICK
+    )
+    assert asked[1] == pytest.approx(asked[0], rel=0.05)
 
 
 def test_a_problem_of_the_gallery_is_its_hessian():

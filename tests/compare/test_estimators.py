@@ -95,6 +95,12 @@ def test_a_quadrature_that_is_the_spectrum_has_distance_zero():
         (lambda A, request: (torch.ones(3), torch.ones(2)), "VectorError: expected a weight"),
         (lambda A, request: (torch.ones(2) / 0, torch.ones(2)), "NonFiniteError"),
         (lambda A, request: 3, "TypeError"),
+        (lambda A, request: (torch.ones(2), torch.zeros(2)), "VectorError: expected weights of at"),
+        (lambda A, request: (torch.ones(2), -torch.ones(2)), "VectorError: expected weights of at"),
+        (
+            lambda A, request: DensityAnswer(*torch.ones(3, 2), torch.ones(3)),
+            "VectorError: expected a positive density",
+        ),
     ],
 )
 def test_a_density_that_fails_is_a_row_with_its_reason(estimator, reason):
@@ -130,6 +136,20 @@ def test_solutions_that_are_called_so_and_are_not_are_false_claims():
     assert "called converged with a residual of" in row.remarks
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_claims_are_held_to_the_same_whatever_the_scale_of_b(scale):
+    b = scale * torch.ones(100, dtype=torch.float64)
+    inverse = torch.linalg.inv(A.to_dense() + 0.1 * torch.eye(100, dtype=torch.float64))
+
+    def right(A, request):
+        return Solution(inverse @ request.b, residual=1e-16, converged=True)
+
+    def lies(A, request):
+        return Solution((1 + 1e-9) * inverse @ request.b, residual=1e-11)
+
+    assert [solve_row(solver, b=b).verdict for solver in (right, lies)] == ["ok", "false claim"]
+
+
 @pytest.mark.parametrize(
     ("solver", "reason"),
     [
@@ -158,6 +178,7 @@ def test_our_solvers_and_those_of_scipy_reach_the_residual_asked_for():
         (lambda: compare_densities(A, 1, 2, ["nope"]), OptionError, "unknown density estimator"),
         (lambda: compare_solves(A, rtol=0), OptionError, "rtol from 0 to 1"),
         (lambda: compare_solves(A, torch.ones(3)), VectorError, r"expected b of shape \(100,\)"),
+        (lambda: compare_solves(A, torch.zeros(100)), VectorError, "a finite b that is not 0"),
         (lambda: compare_solves(A, solvers=["nope"]), OptionError, "unknown linear solver 'nope'"),
     ],
 )

@@ -43,6 +43,24 @@ def test_an_unknown_name_lists_the_known(registry):
         registry.remove("x")
 
 
+def test_other_functions_of_one_name_are_told_apart(registry):
+    def named():
+        return lambda A, request: None
+
+    one, two = named(), named()
+    assert [c.name for c in registry.select([one, two, one])] == ["<lambda>", "<lambda> (2)"]
+
+
+def test_one_end_is_an_end(registry):
+    registry("a", which="SA")(lambda A, request: None)
+    assert registry.select(["a"])[0].which == {"SA"}
+
+
+def test_a_solver_needs_a_name(registry):
+    with pytest.raises(OptionError, match="expected a name for the test solver, got none"):
+        registry(" ")(lambda A, request: None)
+
+
 def test_ones_own_solver_may_be_defined_again(registry):
     registry("a")(lambda A, request: 1)
     registry("a")(lambda A, request: 2)
@@ -53,6 +71,7 @@ def test_ones_own_solver_may_be_defined_again(registry):
     ("facts", "reason"),
     [
         ({"requires": ("no_such_package",)}, "not installed: no_such_package"),
+        ({"requires": ("no_such.module",)}, "not installed: no_such.module"),
         ({"which": frozenset({"SA"})}, "finds SA, not LA"),
         ({"max_size": 10}, "for n up to 10"),
         ({"cuda": True}, "for matrices on a CUDA device"),

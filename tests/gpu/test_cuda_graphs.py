@@ -45,7 +45,7 @@ def relative(A, reference):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [gallery.mlp, gallery.cnn, gallery.gpt2])
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore", "error:torch.compile failed")  # of compilers
 def test_products_are_those_of_the_dense_hessian(make, way):
     p = on_gpu(make())
     expected = dense_hessian(p.full_loss, p.parameters)
@@ -59,7 +59,7 @@ def test_products_are_those_of_the_dense_hessian(make, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operator", [GGNOperator, EmpiricalFisherOperator, FisherOperator])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.filterwarnings("ignore")  # of compilers
+@pytest.mark.filterwarnings("ignore", "error:torch.compile failed")  # of compilers
 def test_other_matrices_are_the_eager_ones(operator, dtype, way):
     p = on_gpu(gallery.mlp(dtype))
     arguments = (p.model, p.batches, p.forward_fn, nn.CrossEntropyLoss())

@@ -190,12 +190,12 @@ def test_per_thread_default_stream_is_refused():
 
 
 SYSTEMS = {
-    "cg": ("rtol", DTYPES),
-    "cgs": ("rtol", DTYPES[:2]),
-    "bicgstab": ("rtol", DTYPES),
-    "gmres": ("rtol", DTYPES),
-    "minres": ("tol", DTYPES[:2]),
-    "lsmr": ("atol", DTYPES[:2]),
+    "cg": (["rtol"], DTYPES),
+    "cgs": (["rtol"], DTYPES[:2]),
+    "bicgstab": (["rtol"], DTYPES),
+    "gmres": (["rtol"], DTYPES),
+    "minres": (["tol"], DTYPES[:2]),
+    "lsmr": (["atol", "btol"], DTYPES[:2]),
 }
 CASES = [(name, dtype) for name, (_, dtypes) in SYSTEMS.items() for dtype in dtypes]
 
@@ -207,7 +207,8 @@ def test_systems_are_solved_by_cupyx(name, dtype, factor):
     A = as_cupy_operator(MatrixOperator(M))
     A = A if factor is None else factor * A
     b = cupy.ones(N, A.dtype)
-    x = getattr(linalg, name)(A, b, **{SYSTEMS[name][0]: tolerance(dtype) / 100})[0]
+    options = dict.fromkeys(SYSTEMS[name][0], tolerance(dtype) / 100)
+    x = getattr(linalg, name)(A, b, **options)[0]
     M = M.cpu().to(torch.promote_types(dtype, torch.float64)).numpy() * (factor or 1)
     exact = np.linalg.solve(M, b.get())
     # lsmr works on A^T A, whose condition is the square.
@@ -367,6 +368,7 @@ def test_output_of_a_cuda_graph_is_cloned():
 
 
 @pytest.mark.parametrize("option", ["compile", "cuda_graphs"])
+@pytest.mark.filterwarnings("ignore", "error:torch.compile failed")  # of compilers
 def test_products_that_are_compiled_or_captured_are_handed_over_as_new_memory(option):
     if option not in keywords(GGNOperator):
         pytest.skip(f"GGNOperator has no keyword {option}")
@@ -439,8 +441,11 @@ def test_results_for_scipy_are_memory_of_their_own():
 def test_how_to_runs():
     page = (ROOT / "docs" / "cupy.md").read_text()
     namespace = {}
-    for block in re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-        exec(compile(block, "docs/cupy.md", "exec"), namespace)
+    try:
+        for block in re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            exec(compile(block, "docs/cupy.md", "exec"), namespace)
+    finally:  # the page sets an allocator for the whole process
+        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
 
 
 def test_example_runs():

@@ -4,6 +4,7 @@ import gc
 import pickle
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,3 +325,34 @@ def test_replays_on_several_streams_and_threads_take_turns(monkeypatch):
         name = log[i][0]
         assert log[i : i + 3] == [f"{name} begins", f"{name} replays", f"{name} done"]
     assert len(log) == 300
+
+
+def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
+    log = []
+
+    @contextmanager
+    def stream(of):
+        log.append("on")
+        try:
+            yield
+        finally:
+            log.append("off")
+
+    @contextmanager
+    def graph(*arguments, **options):
+        yield
+        raise RuntimeError("capture was invalidated")
+
+    made = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: made,
+        "current_stream": lambda: made,
+        "graph_pool_handle": lambda: (0, 0),
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+        "stream": stream,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(RuntimeError, match="capture was invalidated"):
+        cuda_graph.CudaRecorder().record(lambda: log.append("work"))
+    assert log == ["on", *["work"] * cuda_graph.WARM_UP, "off", "on", "work", "off"]

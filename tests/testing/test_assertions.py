@@ -62,6 +62,14 @@ def test_a_function_is_taken_with_its_size():
         assert_linear(lambda v: v)
 
 
+@pytest.mark.parametrize("nothing", [None, "A", [[1.0, 0.0], [0.0, 1.0]]])
+def test_what_multiplies_nothing_is_refused(nothing):
+    with pytest.raises(
+        OptionError, match=r"expected an operator, a matrix or a function, got \w+;"
+    ):
+        assert_linear(nothing)
+
+
 def test_a_function_of_arrays_is_taken_with_a_dtype_of_numpy():
     A = SMALL.numpy()
     assert_all_hold(A.__matmul__, size=40, dtype=np.float64)
@@ -179,12 +187,30 @@ def test_right_eigenpairs_pass(which, columns):
         ([5, 3, 2], Q8[:, [0, 2, 3]], "5 came 1 times and is wanted 2 times|3 came 1 times"),
         ([5, 5, 3.1], Q8[:, :3], "within rtol .* got 0.1 for pair 3 of 3"),
         ([5, 5, np.nan], Q8[:, :3], "got (inf|nan) for pair 3 of 3"),
+        ([5, 5, np.inf], Q8[:, :3], "got (inf|nan) for pair 3 of 3"),
         ([5, 5, 3], Q8.T[:3], r"expected eigenvectors as columns \(8, 3\), got \(3, 8\)"),
     ],
 )
 def test_wrong_eigenpairs_are_caught(values, vectors, message):
     with pytest.raises(AssertionError, match=message):
         assert_eigenpairs(A8, values, vectors, rtol=1e-10, exact=SPECTRUM)
+
+
+def test_infinite_eigenvalues_allow_nothing():
+    with pytest.raises(AssertionError, match=r"got (inf|nan) for pair 1 of 1"):
+        assert_eigenpairs(A8, [torch.inf], Q8[:, :1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("column", [1, 2])
+def test_one_of_a_mirrored_pair_is_as_large_as_the_other(column):
+    A = torch.diag(torch.tensor([3, 2, -2, 1], dtype=F64))
+    pairs = A.diagonal()[[0, column]], torch.eye(4, dtype=F64)[:, [0, column]]
+    assert_eigenpairs(A, *pairs, rtol=1e-12, exact=A.diagonal().numpy(), which="LM")
+
+
+def test_fewer_exact_eigenvalues_than_pairs_are_refused():
+    with pytest.raises(OptionError, match="expected all 8 exact eigenvalues, got 2 for 3 pairs"):
+        assert_eigenpairs(A8, SPECTRUM[:3], Q8[:, :3], rtol=1e-10, exact=SPECTRUM[:2])
 
 
 def test_lines_of_the_message_print_the_residual(capsys):
@@ -216,6 +242,17 @@ def test_error_bars_ten_times_too_long_are_caught_on_request():
     assert_calibrated(errors, bars)
     with pytest.raises(AssertionError, match="error bars are too long: 1000 of 1000"):
         assert_calibrated(errors, bars, conservative=False)
+
+
+@pytest.mark.parametrize(("error", "bar"), [(np.nan, 1), (np.inf, 1), (0, np.nan)])
+def test_one_error_that_is_no_number_is_not_lost_among_many(error, bar):
+    with pytest.raises(AssertionError, match=r"1 of 100 errors .* NaN or infinite, the first"):
+        assert_calibrated([0.1] * 99 + [error], [1.0] * 99 + [bar])
+
+
+def test_a_level_in_percent_is_refused():
+    with pytest.raises(OptionError, match="expected a level between 0 and 1, got 95"):
+        assert_calibrated([9.0] * 20, [1.0] * 20, level=95)
 
 
 def test_errors_need_a_standard_error_each():

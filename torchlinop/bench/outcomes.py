@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes the outcome of every test when it is known.
+"""A plugin of pytest that writes the outcome of every test when it is known, slow ones last.
 
 TORCHLINOP_BENCH_RECORDS=records.jsonl python -m pytest -p torchlinop.bench.outcomes tests/gpu
 """
@@ -13,6 +13,14 @@ from torchlinop.bench.records import append
 
 VARIABLE = "TORCHLINOP_BENCH_RECORDS"
 SECTION = "tests"
+
+# In the names of tests that compile, or run under a checker: seconds or minutes each.
+_SLOW = ("compile", "both]", "sanitizer")
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Slow tests last: where time runs out, they are what is missing."""
+    items.sort(key=lambda item: any(word in item.nodeid for word in _SLOW))
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -29,6 +29,8 @@ def work(
 ) -> None:
     """Run the stages of these names in at most about so many seconds."""
     warnings.filterwarnings("ignore")  # of the peers and of torch
+    # Else what is merely traced would be reported as compiled.
+    warnings.filterwarnings("error", "torch.compile failed")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     stages = [STAGES[name] for name in names]
     clocks = shares([stage.weight for stage in stages], Clock.of(seconds))

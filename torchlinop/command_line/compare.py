@@ -69,3 +69,5 @@ def _run(options: argparse.Namespace) -> int:
 def _refuse_path(path: Path | None) -> None:
     if path is not None and not path.absolute().parent.is_dir():
         raise OptionError(f"no folder {path.parent} to write {path.name} into; make it first")
+    if path is not None and path.is_dir():
+        raise OptionError(f"{path} is a folder; give the name of a file")

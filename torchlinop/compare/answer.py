@@ -66,10 +66,13 @@ def answer_of(found: Any, space: VectorSpace) -> Answer:
     for name, tensor in (("eigenvalues", values), ("eigenvectors", vectors)):
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"NaN or infinity in the {name}; look for it in the solver")
-    claims = (found.residuals, found.converged, found.bounds)
-    return Answer(
-        _wide(values), _wide(vectors), *(None if c is None else _claim(c) for c in claims)
-    )
+    if zero := int((vectors == 0).all(0).sum()):
+        raise VectorError(
+            f"{zero} of {len(values)} eigenvectors are zero; leave out what was not found"
+        )
+    claims = {"residuals": found.residuals, "converged": found.converged, "bounds": found.bounds}
+    read = {name: _claim(name, claim, len(values)) for name, claim in claims.items()}
+    return Answer(_wide(values), _wide(vectors), **read)
 
 
 def _pair(found: Any) -> tuple[Any, Any]:
@@ -96,6 +99,11 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _claim(tensor: Tensor) -> Tensor:
-    flat = _tensor(tensor).cpu().flatten()
-    return flat if flat.dtype == torch.bool else flat.double()
+def _claim(name: str, claim: Any, pairs: int) -> Tensor | None:
+    """One statement for every pair, if there are any."""
+    if claim is None:
+        return None
+    flat = _tensor(claim).cpu().flatten()
+    if len(flat) != pairs:
+        raise VectorError(f"expected {name} of {pairs} pairs, got {len(flat)}; give one for each")
+    return flat.bool() if name == "converged" else flat.double()

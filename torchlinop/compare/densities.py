@@ -146,7 +146,17 @@ def answer_of(found: Any) -> DensityAnswer:
         raise NonFiniteError(
             "NaN or infinity in the nodes or weights; look for it in the estimator"
         )
-    return DensityAnswer(nodes, weights, found.grid, found.density)
+    if not bool((weights >= 0).all() and weights.sum() > 0):
+        raise VectorError("expected weights of at least 0, and not all 0; return (nodes, weights)")
+    if found.grid is None or found.density is None:
+        return DensityAnswer(nodes, weights)
+    grid, density = (torch.as_tensor(t).double().cpu() for t in (found.grid, found.density))
+    if grid.ndim != 1 or grid.shape != density.shape or not bool((density > 0).any()):
+        raise VectorError(
+            f"expected a positive density at every point of a grid, got {tuple(density.shape)} and "
+            f"{tuple(grid.shape)}; leave both out, or return (m,) and (m,)"
+        )
+    return DensityAnswer(nodes, weights, grid, density)
 
 
 def _row(subject: Subject, name: str, runs: Sequence[Estimated[DensityAnswer]]) -> DensityRow:

@@ -48,7 +48,7 @@ def compare(
 
     Args:
         problems: an operator of this library, of SciPy or CuPy, an array, a problem of
-            ``torchlinop.testing.gallery``, a function that builds one, or a dict of these.
+            ``torchlinop.testing``, a function that builds one, or a dict of these.
         k: how many pairs.
         which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest |λ|.
         solvers: names, patterns such as ``"scipy*"``, or functions ``(operator, request) ->
@@ -140,7 +140,7 @@ def _request(
         budget,
         seconds,
         smallest=subject.smallest(k, which),
-        norm=subject.norm,
+        norm=subject.largest(),
     )
 
 

@@ -123,20 +123,28 @@ class _Evidence:
         counted (Kahan; Parlett 1980, theorem 11.5.1); so that ghosts are vectors that do not.
         Eigenvectors of an asymmetric matrix may be as near to each other as they like.
         """
+        return max(self._dependent(self.gram), self.copies)
+
+    def _dependent(self, gram: Tensor) -> int:
+        """Vectors that depend on others, by their inner products."""
         if not self.subject.symmetric:
-            return self.copies
-        parallel = int((torch.linalg.eigvalsh(self.gram) < _PARALLEL**2).sum())
-        return max(parallel, self.copies)
+            return 0
+        return int((torch.linalg.eigvalsh(gram) < _PARALLEL**2).sum())
 
     @cached_property
     def copies(self) -> int:
-        """Values called converged, beyond the eigenvalues that they are near to."""
+        """Values called converged and near to eigenvalues, beyond as many as these are."""
         called = self.answer.converged
         if called is None or not self.subject.whole:
             return 0
         assert self.subject.eigenvalues is not None
-        values, widths = self.theta.real[called], self.allowed[called]
+        near = called & (self._gaps(self.subject.eigenvalues) <= self.allowed)
+        values, widths = self.theta.real[near], self.allowed[near]
         return len(values) - matched(self.subject.eigenvalues, values, widths)
+
+    def _gaps(self, eigenvalues: Tensor) -> Tensor:
+        """(m,) how far every value is from the eigenvalue next to it."""
+        return torch.stack([(eigenvalues - value).abs().min() for value in self.theta.real])
 
     @cached_property
     def missed(self) -> int | None:
@@ -160,7 +168,7 @@ class _Evidence:
                 yield _stated("a residual", self.residuals[i], claims.residuals[i])
         if claims.bounds is not None and self.subject.whole:
             assert self.subject.eigenvalues is not None
-            gaps = (self.theta.real[:, None] - self.subject.eigenvalues).abs().min(1).values
+            gaps = self._gaps(self.subject.eigenvalues)
             i, excess = _worst(gaps, _SLACK * claims.bounds + _OF_TRUTH * rounding)
             if excess > 1:
                 yield _stated("an error", gaps[i], claims.bounds[i])
@@ -170,8 +178,9 @@ class _Evidence:
         wrong = int((self.residuals > self.allowed)[called].sum())
         if wrong:
             yield f"{wrong} of {int(called.sum())} pairs called converged are not"
-        if self.ghosts:
-            yield f"{self.ghosts} of {len(self.theta)} pairs called converged are copies of others"
+        copies = max(self._dependent(self.gram[called][:, called]), self.copies)
+        if copies:
+            yield f"{copies} of {int(called.sum())} pairs called converged are copies of others"
 
 
 def _products(A: CurvatureOperator, X: Tensor) -> Tensor:
@@ -182,8 +191,11 @@ def _products(A: CurvatureOperator, X: Tensor) -> Tensor:
 
 
 def _worst(true: Tensor, allowed: Tensor) -> tuple[int, float]:
-    """Where the truth exceeds what is allowed by the largest factor, and that factor."""
-    ratios = true / allowed
+    """Where the truth exceeds what is allowed by the largest factor, and that factor.
+
+    A claim of NaN is none, and hides no other.
+    """
+    ratios = (true / allowed).nan_to_num(0.0, torch.inf)
     return int(ratios.argmax()), float(ratios.max())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ class Candidate:
 
     def missing(self) -> str:
         """The package that is not installed, if one is not."""
-        absent = [p for p in self.requires if importlib.util.find_spec(p) is None]
+        absent = [p for p in self.requires if importlib.util.find_spec(p.partition(".")[0]) is None]
         return f"not installed: {', '.join(absent)}" if absent else ""
 
     def unsuited(self, A: CurvatureOperator, which: str) -> str:
@@ -76,7 +77,7 @@ class Registry:
         self,
         name: str,
         *,
-        which: Collection[str] = ("LA", "SA", "LM"),
+        which: str | Collection[str] = ("LA", "SA", "LM"),
         requires: str | Iterable[str] = (),
         **facts: Any,
     ) -> Callable[[Function], Function]:
@@ -89,15 +90,20 @@ class Registry:
             facts: symmetric, on_host, budgeted, own_cost, max_size, cuda, as of Candidate.
         """
         packages = (requires,) if isinstance(requires, str) else tuple(requires)
+        ends = frozenset({which} if isinstance(which, str) else which)
 
         def register(solve: Function) -> Function:
-            self.add(Candidate(name, solve, frozenset(which), requires=packages, **facts))
+            self.add(Candidate(name, solve, ends, requires=packages, **facts))
             return solve
 
         return register
 
     def add(self, candidate: Candidate) -> None:
         """Put it last. A name of ours is not given away; one's own may be defined again."""
+        if not candidate.name.strip():
+            raise OptionError(
+                f"expected a name for the {self.kind}, got none; its first word is the library"
+            )
         known = self._known.get(candidate.name)
         ours = known is not None and known.solve.__module__.startswith("torchlinop.")
         if ours and not candidate.solve.__module__.startswith("torchlinop."):
@@ -126,7 +132,7 @@ class Registry:
             return list(self._known.values())
         items = [wanted] if isinstance(wanted, str) else list(wanted)
         chosen = [c for item in items for c in self._of(item)]
-        return list({c.name: c for c in chosen}.values())
+        return list(_told_apart({(c.name, id(c.solve)): c for c in chosen}.values()))
 
     def _of(self, item: Wanted) -> list[Candidate]:
         if isinstance(item, Candidate):
@@ -146,6 +152,15 @@ class Registry:
         if name not in self._known:
             raise OptionError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names)}")
         return self._known[name]
+
+
+def _told_apart(chosen: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Other solvers of the same name, as two lambdas have, are numbered."""
+    seen: Counter[str] = Counter()
+    for candidate in chosen:
+        seen[candidate.name] += 1
+        n = seen[candidate.name]
+        yield candidate if n == 1 else replace(candidate, name=f"{candidate.name} ({n})")
 
 
 eigensolver = Registry("eigensolver")

@@ -100,6 +100,8 @@ def compare_solves(
             raise VectorError(
                 f"expected b of shape ({A.size},), got {tuple(given.shape)}; pass a vector"
             )
+        if not 0 < float(torch.linalg.vector_norm(given)) < math.inf:
+            raise VectorError("expected a finite b that is not 0; pass another, or leave it out")
         return SolveRequest(given.to(A.dtype).to(A.device), rtol, budget, seconds, seed)
 
     def run(subject: Subject, candidate: Candidate, request: SolveRequest) -> _Judged:
@@ -108,7 +110,7 @@ def compare_solves(
 
         done = estimated(subject, candidate, request, read, budget=request.budget, seconds=seconds)
         residual = math.nan if done.answer is None else _residual(subject, request, done.answer)
-        return _Judged(done, residual)
+        return _Judged(done, residual, _rounding(subject, request, done.answer))
 
     def measured(subject: Subject, candidate: Candidate) -> tuple[SolveRow, History | None]:
         runs = [run(subject, candidate, asked(subject, seed)) for seed in numbers]
@@ -145,6 +147,7 @@ def compare_solves(
 class _Judged:
     run: Estimated[Solution]
     residual: float  # true
+    rounding: float  # of a product, in the same measure
 
 
 def damped(subject: Subject, damping: float) -> Subject:
@@ -181,8 +184,16 @@ def _residual(subject: Subject, request: SolveRequest, solution: Solution) -> fl
     return float(torch.linalg.vector_norm(r) / torch.linalg.vector_norm(b))
 
 
+def _rounding(subject: Subject, request: SolveRequest, solution: Solution | None) -> float:
+    """What a right residual may be off by: roundoffs of ‖A‖ ‖x‖, relative to ‖b‖."""
+    if solution is None:
+        return math.nan
+    x, b = (float(torch.linalg.vector_norm(v.double())) for v in (solution.x, request.b))
+    return 10 * torch.finfo(subject.operator.dtype).eps + subject.rounding * x / b
+
+
 def _row(subject: Subject, name: str, runs: Sequence[_Judged], rtol: float) -> SolveRow:
-    false = [tuple(_false_claims(subject, judged, rtol)) for judged in runs]
+    false = [tuple(_false_claims(judged, rtol)) for judged in runs]
     answers = [j.run.answer for j in runs if j.run.answer]
     claimed = Spread.of(a.residual for a in answers)
     return SolveRow(
@@ -197,12 +208,10 @@ def _row(subject: Subject, name: str, runs: Sequence[_Judged], rtol: float) -> S
     )
 
 
-def _false_claims(subject: Subject, judged: _Judged, rtol: float) -> list[str]:
-    answer, true = judged.run.answer, judged.residual
+def _false_claims(judged: _Judged, rtol: float) -> list[str]:
+    answer, true, rounding = judged.run.answer, judged.residual, judged.rounding
     if answer is None:
         return []
-    eps = torch.finfo(subject.operator.dtype).eps
-    rounding = 10 * eps * (1 + subject.norm * float(torch.linalg.vector_norm(answer.x)))
     found = []
     if true > _SLACK * answer.residual + rounding:
         found.append(f"a residual of {true:.0e} is claimed to be {answer.residual:.0e}")

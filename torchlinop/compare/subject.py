@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchlinop.adapters.scipy import from_linear_operator
@@ -23,9 +25,10 @@ from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.check import CheckReport
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.testing.gallery import Problem
+from torchlinop.testing.problems import EigenProblem
 from torchlinop.testing.spectra import wanted
 
-Truth = Tensor | Literal["dense"] | None
+Truth = Tensor | NDArray[Any] | Literal["dense"] | None
 
 _DENSE = 5000  # the largest matrix whose eigenvalues are computed here
 _ROUNDOFFS = 10  # of ‖A‖, or times the noise of products: nothing is finer than that
@@ -105,6 +108,10 @@ class Subject:
             exact = self._about(k, which)
         return float(exact.abs().min()) or torch.finfo(torch.float64).tiny
 
+    def largest(self) -> float:
+        """‖A‖; if unknown, about that, by products that nobody counts."""
+        return self.norm if self.whole else max(self.norm, float(self._about(1, "LM").abs().max()))
+
     def _about(self, k: int, which: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TorchlinopWarning)
@@ -117,12 +124,13 @@ class Subject:
 def subjects_of(problems: Any, truth: Truth | Mapping[str, Truth] = None) -> list[Subject]:
     """The matrices of a problem, or of a mapping from names to problems.
 
-    A problem is a symmetric operator of this library, of SciPy, CuPy or a dense array; a problem
-    of ``torchlinop.testing.gallery``, whose Hessian is taken; or a function that returns one.
+    A problem is a symmetric operator of this library, of SciPy, CuPy or a dense array; one of
+    ``torchlinop.testing.problem``, with its eigenvalues; one of ``torchlinop.testing.gallery``,
+    whose Hessian is taken; or a function that returns one.
     Each takes six products, to see that it is a fixed symmetric matrix.
 
     ``truth`` is the eigenvalues (n,), or those of the end wanted; ``"dense"`` computes all;
-    without it, the attribute ``eigenvalues`` of an operator is taken, if there is one.
+    without it, the attribute ``eigenvalues`` (n,) of an operator is taken, if there is one.
 
     Raises:
         NonFiniteError: products hold NaN. OptionError: no such problem or truth.
@@ -132,10 +140,19 @@ def subjects_of(problems: Any, truth: Truth | Mapping[str, Truth] = None) -> lis
     if not problems:
         raise OptionError("expected at least one problem, got an empty mapping; pass an operator")
     truths = truth if isinstance(truth, Mapping) else dict.fromkeys(problems, truth)
-    return [_subject(name, problem, truths.get(name)) for name, problem in problems.items()]
+    if unknown := set(truths) - set(problems):
+        raise OptionError(
+            f"expected truth by the names of problems, {', '.join(map(repr, problems))}, got "
+            f"{', '.join(map(repr, unknown))}; give the same names"
+        )
+    return [_subject(str(name), problem, truths.get(name)) for name, problem in problems.items()]
 
 
 def _subject(name: str, problem: Any, truth: Truth) -> Subject:
+    problem = _returned(problem)
+    if isinstance(problem, EigenProblem):
+        name = name or problem.name
+        truth = problem.eigenvalues if truth is None else truth
     operator = operator_of(problem)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PrecisionWarning)
@@ -150,18 +167,34 @@ def _subject(name: str, problem: Any, truth: Truth) -> Subject:
 
 def operator_of(problem: Any) -> CurvatureOperator:
     """The symmetric operator that is meant."""
+    problem = _returned(problem)
+    if isinstance(problem, EigenProblem):
+        return problem.operator
     if isinstance(problem, Problem):
         return HessianOperator(problem.model, problem.batches, problem.loss_fn)
     if isinstance(problem, CurvatureOperator):
         return problem
-    if isinstance(problem, Callable) and not hasattr(problem, "shape"):  # type: ignore[arg-type]
-        return operator_of(problem())
     if not hasattr(problem, "shape"):
         raise OptionError(
             f"expected an operator, got {type(problem).__name__}; pass an operator, an array, a "
             "problem of the gallery, a function that builds one, or a dict of these"
         )
     return from_linear_operator(problem)
+
+
+def _returned(problem: Any) -> Any:
+    """What a function returns, or what is no function."""
+    if not callable(problem) or hasattr(problem, "shape"):
+        return problem
+    try:
+        # A model has a call for any arguments, which are those of its forward.
+        inspect.signature(getattr(problem, "forward", problem)).bind()
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"expected an operator, or a function without arguments that builds one, got "
+            f"{type(problem).__name__}; for a product of vectors pass LambdaOperator(n, product)"
+        ) from None
+    return _returned(problem())
 
 
 def _spectrum(operator: CurvatureOperator, truth: Truth) -> Tensor | None:
@@ -173,12 +206,15 @@ def _spectrum(operator: CurvatureOperator, truth: Truth) -> Tensor | None:
             )
         values: Tensor = torch.linalg.eigvalsh(operator.to_dense().double())
         return values.cpu()
-    known = getattr(operator, "eigenvalues", None) if truth is None else truth
-    if not isinstance(known, Tensor):
-        return None
-    if known.ndim != 1 or len(known) > operator.size:
+    if truth is None:
+        own = getattr(operator, "eigenvalues", None)
+        if not isinstance(own, Tensor) or own.shape != (operator.size,):
+            return None
+        truth = own
+    known = torch.as_tensor(truth).detach().double().cpu()
+    if known.ndim != 1 or len(known) > operator.size or not bool(known.isfinite().all()):
         raise OptionError(
             f"expected at most {operator.size:,} true eigenvalues, got a tensor of shape "
-            f"{tuple(known.shape)}; pass a vector"
+            f"{tuple(known.shape)}, or NaN in it; pass a vector"
         )
-    return known.detach().double().cpu()
+    return known

@@ -83,6 +83,8 @@ def sweep(
                         done.rows.append(measures.refused(subject.name, candidate.name, why_not))
                     bar.update()
         except KeyboardInterrupt:
+            if not done.rows:
+                raise
             done.warnings.append("interrupted: these are the rows that there were")
     if not done.rows:
         reasons = "; ".join(f"{name}: {why}" for name, why in done.left_out.items())
@@ -111,10 +113,12 @@ def _refuse_asymmetric(subject: Subject, chosen: Sequence[Candidate]) -> None:
 
 
 def seeds_of(seeds: int | Sequence[int]) -> list[int]:
-    """So many, or these. Raises OptionError if there is none."""
+    """So many, or these. Raises OptionError if there is none, or one is no seed."""
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers:
         raise OptionError(f"expected at least one seed, got {seeds}; leave it out")
+    if not all(0 <= seed < 2**32 for seed in numbers):
+        raise OptionError(f"expected seeds from 0 to 2**32 - 1, got {numbers}; leave them out")
     return numbers
 
 

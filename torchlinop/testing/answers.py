@@ -22,7 +22,7 @@ def assert_eigenpairs(
     eigenvectors: Any,
     *,
     rtol: float,
-    exact: Tensor | None = None,
+    exact: Any = None,
     which: str = "LA",
     **how: Any,
 ) -> None:
@@ -30,7 +30,8 @@ def assert_eigenpairs(
 
     Residuals are taken by products of A and in double precision. ‖A‖ is the largest |λ| known.
     ``exact`` (n,) is the whole spectrum: copies of one eigenvalue beyond its multiplicity
-    ("ghosts") and eigenvalues left out are named, for ``which`` of LA, SA and LM.
+    ("ghosts") and eigenvalues left out are named, for ``which`` of LA, SA and LM; for LM by their
+    magnitudes, as of λ and -λ either will do where one is beyond the last.
     """
     op = as_operator(A, **how)
     values = torch.as_tensor(eigenvalues).double().cpu().flatten()
@@ -41,6 +42,12 @@ def assert_eigenpairs(
         )
     wide = torch.complex128 if X.is_complex() else torch.float64
     X, AX = X.to("cpu", wide), op.matmat(X.to(op.dtype)).to("cpu", wide)
+    exact = None if exact is None else torch.as_tensor(exact).double().cpu()
+    if exact is not None and len(exact) < len(values):
+        raise OptionError(
+            f"expected all {op.size:,} exact eigenvalues, got {len(exact)} for {len(values)} "
+            "pairs; pass the whole spectrum"
+        )
     norm = float((values if exact is None else exact).abs().max())
     residuals = torch.linalg.vector_norm(AX - X * values, dim=0)
     _assert_below(
@@ -62,7 +69,10 @@ def assert_eigenpairs(
         "print(eigenvectors.conj().T @ eigenvectors[:, {i}])",
     )
     if exact is not None:
-        _assert_wanted(values, wanted(exact.double().cpu(), which, len(values)), rtol * norm)
+        expected = wanted(exact, which, len(values))
+        if which == "LM":
+            values, expected = values.abs(), expected.abs()
+        _assert_wanted(values, expected, rtol * norm)
 
 
 def assert_calibrated(
@@ -84,6 +94,15 @@ def assert_calibrated(
             f"expected as many standard errors as errors, got {len(s)} and {len(e)}; "
             "pass one of each for every seed"
         )
+    if not 0 < level < 1:
+        raise OptionError(f"expected a level between 0 and 1, got {level}; leave it out for 0.95")
+    bad = ~e.isfinite() | s.isnan()
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise AssertionError(
+            f"{int(bad.sum())} of {len(e)} errors or standard errors are NaN or infinite, the "
+            f"first number {i}: {float(e[i]):g} with a standard error of {float(s[i]):g}"
+        )
     # Rounding has no part in a standard error: a zero error with a zero bar is covered.
     covered = int((e.abs() <= within * s).sum())
     least, most = (float(binom.ppf(p, len(e), level)) for p in (_ONE_IN, 1 - _ONE_IN))
@@ -102,7 +121,7 @@ def assert_calibrated(
 
 def _assert_below(defects: Tensor, bound: float, what: str, limit: str, line: str) -> None:
     # ``not (≤)`` so that NaN comes to light.
-    if not bool((defects <= bound).all()):
+    if not bool((defects <= bound).all() and defects.isfinite().all()):
         worst = int(defects.nan_to_num(torch.inf).argmax())
         raise AssertionError(
             f"expected {what} within {limit}, got {float(defects[worst]):.3g} for pair {worst + 1} "

@@ -25,7 +25,8 @@ def as_operator(
     ``dtype``, or, for a dtype of NumPy, an array.
 
     Raises:
-        OptionError: a function without ``size``; VectorError: a matrix that is not square.
+        OptionError: a function without ``size``, or no operator; VectorError: a matrix that is not
+            square.
     """
     with_grad = torch.enable_grad()  # a product of theirs may differentiate
     if not hasattr(A, "shape") and callable(A):
@@ -37,6 +38,10 @@ def as_operator(
         if isinstance(dtype, torch.dtype):
             return LambdaOperator(size, with_grad(A), dtype=dtype)
         return from_linear_operator(LinearOperator((size, size), matvec=A, dtype=np.dtype(dtype)))
+    if not hasattr(A, "shape"):
+        raise OptionError(
+            f"expected an operator, a matrix or a function, got {type(A).__name__}; pass an array"
+        )
     foreign = isinstance(getattr(A, "dtype", None), torch.dtype)
     if foreign and not isinstance(A, torch.Tensor | CurvatureOperator):
         device = getattr(A, "device", "cpu")
