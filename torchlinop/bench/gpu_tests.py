@@ -14,15 +14,8 @@ FOLDER = Path("tests", "gpu")
 
 # What nothing but a device can show comes first, in case the time is not enough for all.
 _ORDER = (
-    "triton",
-    "streams",
-    "cupy",
-    "cuda_graphs",
-    "memory",
-    "programs",
-    "operators",
-    "algorithms",
-)
+    "triton", "streams", "cupy", "cuda_graphs", "memory", "programs", "operators", "algorithms",
+)  # fmt: skip
 
 
 def checkout() -> Path | None:
