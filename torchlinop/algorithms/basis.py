@@ -45,6 +45,7 @@ class Basis:
         )
         self.direct = self.rows.dtype == start.dtype and self.rows.device == start.device
         coarser = self.rows.dtype != start.dtype
+        self._room: Tensor | None = None  # what was handed out last
         self._scale = 2.0 ** round(math.log2(n) / 2) if coarser else 1.0
 
     def columns(self, start: int, stop: int) -> Tensor:
@@ -57,14 +58,15 @@ class Basis:
     def room(self, start: int, width: int) -> Tensor:
         """Memory for columns (n, width) that will be put at ``start``: there, if that can be."""
         if self.direct:
-            return self.rows[start : start + width].mT
+            self._room = self.rows[start : start + width].mT
+            return self._room
         n = self.rows.shape[1]
         return torch.empty(width, n, dtype=self.dtype, device=self.device).mT
 
     def put(self, start: int, Q: Tensor) -> Tensor:
         """Store Q (n, w) as columns ``start`` and following; Q in working precision again."""
         rows = self.rows[start : start + Q.shape[1]]
-        if self.direct and Q.data_ptr() == rows.data_ptr():
+        if Q is self._room:  # it is there
             return Q
         rows.copy_(Q.mT if self._scale == 1 else Q.mT * self._scale)
         return rows.mT if self.direct else Q.mT.contiguous().mT
