@@ -1,6 +1,10 @@
-"""Seven curvature matrices of one trained MLP, side by side. A picture: --picture matrices.png"""
+"""
+Seven curvature matrices of one network
+=======================================
 
-import argparse
+Hessian, GGN, Fisher (exact and drawn), empirical Fisher, K-FAC and EKFAC of an MLP trained on
+digits: their largest eigenvalues, their traces, and how far their blocks are from those of the GGN.
+"""
 
 import numpy as np
 import torch
@@ -19,13 +23,12 @@ from torchlinop import (
 from torchlinop.demo import digits_mlp
 from torchlinop.testing.oracles import dense_hessian, dense_jacobian
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--picture", help="where to save a picture; needs torchlinop[plot]")
-path = parser.parse_args().picture
 problem = digits_mlp()  # 64-24-10, trained on digits
 model, data = problem.model, problem.batches[-2:]  # 256 and 5 digits, to be quick
 N = sum(len(y) for _, y in data)
 H = HessianOperator(model, data, problem.loss_fn)
+
+# %%
 # The others look at the outputs in between: a forward function, and the loss of its outputs.
 of_outputs = (model, data, lambda model, batch: model(batch[0]), nn.CrossEntropyLoss())
 matrices = {
@@ -44,6 +47,7 @@ def largest(operator):
     return eigsh(A, k=3, which="LA", v0=np.ones(operator.size), return_eigenvectors=False)[::-1]
 
 
+# %%
 # K-FAC has blocks only: one for every weight and every bias. Distances are between such blocks.
 block = torch.cat([torch.full((slot.numel,), i) for i, slot in enumerate(H.layout.slots)])
 same_block = block[:, None] == block
@@ -56,16 +60,7 @@ for name, operator in matrices.items():
     distance = (dense[name] * same_block - G).norm() / G.norm()
     print(f"{name:18}{values}{dense[name].trace():10.4f}{distance:31.1%}")
 
-if path:  # saved, not shown
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 2.4), layout="constrained")
-    last = slice(H.size - 250, H.size)  # weights and biases of the last layer: log |entries|
-    for axes, (name, A) in zip(figure.subplots(1, len(dense)), dense.items(), strict=True):
-        axes.imshow(A[last, last].abs().clamp_min(1e-12).log10(), vmin=-6, vmax=-1)
-        axes.set(title=name, xticks=[], yticks=[])
-    figure.savefig(path)
-
+# %%
 # The definitions themselves, sample by sample: J_n is (10, n), p_n the softmax, g_n the gradient.
 exact = {name: torch.zeros_like(G) for name in ("GGN", "empirical Fisher")}
 for X, y in data:
@@ -86,3 +81,18 @@ for name, matrix in exact.items():
     values = "".join(f"{value:10.4f}" for value in top)
     error = (matrix - dense[name]).abs().max() / matrix.abs().max()
     print(f"{name:18}{values}{matrix.trace():10.4f}    largest difference {error:.0e}")
+
+# %%
+# The picture, with ``pip install "torchlinop[plot]"``:
+# logarithms of the entries, for weights and biases of the last layer.
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+last = slice(H.size - 250, H.size)
+for ax in axes.flat:
+    ax.axis("off")
+for ax, (name, A) in zip(axes.flat, dense.items(), strict=False):
+    image = ax.imshow(A[last, last].abs().clamp_min(1e-12).log10(), vmin=-6, vmax=-1)
+    ax.set_title(name)
+figure.colorbar(image, ax=axes[1, 3], location="left", label="log10 |entry|")
+plt.show()

@@ -1,4 +1,11 @@
-"""Curvature of language models as they come: padded batches, tied heads, default attention."""
+"""
+Language models as they come
+============================
+
+Hessian and Gauss-Newton matrix of a GPT-2 and a Llama, with padded batches, tied heads and the
+default attention; the block of the attention layers; and the dense answers beside them. Larger
+models take the same lines.
+"""
 
 import torch
 from scipy.sparse.linalg import eigsh
@@ -41,6 +48,8 @@ def largest(operator):
     return torch.tensor(eigsh(A, k=3, which="LA", return_eigenvectors=False)).flip(0)
 
 
+# %%
+# The three matrices of one model, and the same by autograd alone.
 def compare(model):
     loss = (hf_lm_forward(), hf_lm_loss_of_output())
     operators = {
@@ -69,11 +78,29 @@ def compare(model):
     rows = torch.cat([torch.full((p.numel(),), "attn" in name) for name, p in named.items()])
     dense = {"Hessian": H, "GGN": G, "GGN, attention": G[rows][:, rows]}
     print(f"{'largest eigenvalues':36}for comparison: the dense answer")
+    both = {}
     for name, matrix in dense.items():
-        exact = torch.linalg.eigvalsh(matrix)[-3:].flip(0)
-        both = ("".join(f"{x:9.4f}" for x in values.tolist()) for values in (found[name], exact))
-        print(f"{name:17}" + "    ".join(both))
+        both[name] = found[name], torch.linalg.eigvalsh(matrix)[-3:].flip(0)
+        columns = ("".join(f"{x:9.4f}" for x in values.tolist()) for values in both[name])
+        print(f"{name:17}" + "    ".join(columns))
+    return both
 
 
-compare(GPT2LMHeadModel(gpt2).eval())
-compare(LlamaForCausalLM(llama).eval())
+# %%
+of_gpt2 = compare(GPT2LMHeadModel(gpt2).eval())
+
+# %%
+of_llama = compare(LlamaForCausalLM(llama).eval())
+
+# %%
+# The picture, with ``pip install "torchlinop[plot]"``:
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharex=True)
+for ax, title, both in zip(axes, ("GPT-2", "Llama"), (of_gpt2, of_llama), strict=True):
+    for name, (values, exact) in both.items():
+        (line,) = ax.plot((1, 2, 3), exact, "o", mfc="none", ms=10)
+        ax.plot((1, 2, 3), values, "x", color=line.get_color(), label=name)
+    ax.set(title=title, xlabel="i", ylabel="eigenvalue (rings: dense)", xticks=(1, 2, 3))
+    ax.legend()
+plt.show()

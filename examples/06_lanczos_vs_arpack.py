@@ -1,4 +1,10 @@
-"""Ten eigenvalues of a Hessian, twice: by our Lanczos on torch tensors, and by SciPy's ARPACK."""
+"""
+Our Lanczos beside ARPACK
+=========================
+
+Ten eigenvalues of a Hessian, twice: by ``lanczos`` on torch tensors, and by SciPy's ``eigsh``. The
+products are counted by the operator, and the residuals taken by products, not as claimed.
+"""
 
 import time
 
@@ -24,6 +30,8 @@ def arpack(A, **options):
     return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
 
+# %%
+# Both are judged by the dense answer.
 dense = dense_hessian(problem.full_loss, problem.parameters, rows_at_once=64)
 exact = torch.linalg.eigvalsh(dense).flip(0)[:10]
 
@@ -45,6 +53,7 @@ report("lanczos, tol=1e-12", ours, tol=1e-12)
 report("eigsh,   tol=0", arpack)
 print()
 
+# %%
 # What ARPACK does not tell: residuals, error bounds, and where in the network a direction lies.
 result = ours(H)
 print(result, "\n")
@@ -52,3 +61,16 @@ print(result, "\n")
 print("for comparison: the dense answer")
 print(exact)
 print(f"largest difference: {(result.eigenvalues - exact).abs().max():.1e}")
+
+# %%
+# The picture, with ``pip install "torchlinop[plot]"``:
+# residuals of the ten pairs in the course of the run to 1e-12.
+import matplotlib.pyplot as plt
+
+run = ours(H, tol=1e-12)
+figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+ax.semilogy(run.history_matvecs, run.history_residuals / run.eigenvalues, "o-", ms=3)
+ax.axhline(1e-12, color="k", lw=0.8, ls=":")
+ax.set(xlabel="products", ylabel="residual / eigenvalue")
+ax.legend([f"pair {i}" for i in range(1, 11)], ncols=2, fontsize="small")
+plt.show()

@@ -1,4 +1,10 @@
-"""Needs a GPU. Ten eigenvalues of a Hessian by cupyx, by SciPy through the host, and by ours."""
+"""
+CuPy's solvers on a Hessian
+===========================
+
+Needs a GPU, and is not executed when this page is made. Ten eigenvalues of a Hessian by cupyx, in
+place; by SciPy, through the host; and by ``lanczos``.
+"""
 
 import sys
 import time

@@ -1,4 +1,10 @@
-"""Eigensolvers on the same matrices: a table, a page with pictures, and a solver of one's own."""
+"""
+Compare solvers
+===============
+
+Eigensolvers of several libraries, and one of our own, on the same counted matrices: a table, a page
+with pictures, and all numbers.
+"""
 
 import tempfile
 from pathlib import Path
@@ -21,6 +27,8 @@ def subspace_iteration(A, request):
     return (X * (A @ X)).sum(0), X  # or an Answer, with claims
 
 
+# %%
+# Two matrices: one that knows its eigenvalues, and a Hessian.
 problem = digits_mlp()  # a trained MLP
 hessian = HessianOperator(problem.model, problem.batches[:1], problem.loss_fn)
 matrices = {
@@ -40,7 +48,22 @@ print(found)
 
 page = found.to_html(Path(tempfile.mkdtemp()) / "solvers.html")
 found.save(page.with_suffix(".json"))
-print(f"\npictures: {page}")
+print(f"\npictures: {page.name}")
 
 print("\nfor comparison: the dense answer")
 print(torch.linalg.eigvalsh(matrices["clusters"].to_dense()).flip(0)[:5])
+
+# %%
+# The picture, with ``pip install "torchlinop[plot]"``:
+# every point is a run of its own, with a smaller budget.
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+for ax, name in zip(axes, found.problems, strict=True):
+    for history in found.histories:
+        if history.problem == name:
+            ax.loglog(history.products, history.values, "o-", ms=3, label=history.solver)
+    ax.set(title=name, xlabel="products")
+axes[0].set_ylabel(found.measure)
+axes[1].legend(fontsize="x-small")
+plt.show()

@@ -1,5 +1,7 @@
 """Curvature matrices of neural networks as linear operators for every numerical library."""
 
+import logging
+
 from torchlinop.adapters.cupy import as_cupy_operator
 from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
 from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
@@ -41,6 +43,7 @@ from torchlinop.operators.hessian import HessianOperator
 from torchlinop.operators.jacobian import JacobianOperator
 from torchlinop.operators.kfac import EKFACOperator, KFACOperator
 from torchlinop.parameters import ParameterLayout, match_names, match_regex
+from torchlinop.settings import options
 from torchlinop.space import VectorSpace
 from torchlinop.spectrum import (
     LanczosConfig,
@@ -106,6 +109,7 @@ __all__ = [
     "minres",
     "norm",
     "nystrom",
+    "options",
     "power_iteration_one",
     "randomized_eigh",
     "slq",
@@ -118,3 +122,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+logging.getLogger("torchlinop").addHandler(logging.NullHandler())  # silent unless asked

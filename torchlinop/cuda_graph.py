@@ -67,8 +67,12 @@ class CudaRecorder:
         captured = torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.stream(stream), captured:  # older torch stays on it if a capture fails
-            output = work()
+        try:
+            with torch.cuda.stream(stream), captured:  # older torch stays on it if a capture fails
+                output = work()
+        except BaseException:
+            self.__dict__.pop("_pool", None)  # a failed capture may never leave its pool
+            raise
         return graph.replay, output
 
     @contextmanager

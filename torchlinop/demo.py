@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import eigsh
+from torch import nn
 
 from torchlinop.adapters.scipy import as_linear_operator
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.testing.digits import digits_mlp
 from torchlinop.testing.oracles import dense_hessian
 
-__all__ = ["digits_mlp"]
+__all__ = ["build", "digits_mlp"]
+
+
+def build() -> tuple[nn.Module, list[Any], nn.Module]:
+    """Model, data and loss of the demonstration, as a command wants them: torchlinop.demo:build."""
+    problem = digits_mlp()
+    return problem.model, problem.batches, problem.criterion
 
 
 def main() -> None:

@@ -100,6 +100,22 @@ class KFACCoverageError(TorchlinopError, ValueError):
     """K-FAC knows no factors for some of the selected parameters."""
 
 
+class ShardingError(TorchlinopError, ValueError):
+    """A model is sharded in a way, or by a version of torch, that is not known here."""
+
+
+class ProcessGroupError(TorchlinopError, RuntimeError):
+    """There is no process group, or its ranks do not fit together."""
+
+
+class RankError(TorchlinopError, RuntimeError):
+    """Another rank failed, with an error that cannot be raised again as it was."""
+
+
+class DivergenceError(TorchlinopError, RuntimeError):
+    """Ranks that should take the same steps do not: their vectors differ."""
+
+
 class TorchlinopWarning(UserWarning):
     """Base class of every warning given by torchlinop."""
 

@@ -27,7 +27,7 @@ def refuse_non_finite(objective: Objective, product: Tensor) -> None:
                 )
         return g
 
-    objective.mean(locate)
+    objective.mean(locate, objective.theta)
     raise NonFiniteError(
         f"the product has {bad} NaN or infinite entries, though loss and gradient are finite: "
         "a derivative is singular, as that of sqrt or norm at 0, or the product overflows. "

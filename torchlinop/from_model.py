@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from torchlinop.model_state import BorrowedModel, Mode, unwrap
 from torchlinop.objective import LossFn, Objective, scalar
 from torchlinop.parameters import ParameterLayout, ParamFilter
 from torchlinop.random_state import preserved_random_state, reseed
+from torchlinop.settings import checks_wanted
 from torchlinop.space import VectorSpace
 from torchlinop.weighting import BATCH_MEAN, Weighting, find_weighting
+
+log = logging.getLogger("torchlinop")
 
 WeightingName = Literal["auto", "batch-mean"]
 
@@ -92,9 +96,22 @@ def objective_from_model(
         read = pinned_data if pin_data else reread_data
         data = read(dataloader, few, microbatch_size, theta.device, weighting_of)
         objective = Objective(loss_fn, borrowed, layout, theta, space, data)
-        if not pin_data:
+        _log_decisions(model, objective)
+        if not pin_data and checks_wanted():
             _refuse_changing_data(objective)
         return objective
+
+
+def _log_decisions(model: nn.Module, objective: Objective) -> None:
+    module, layout, dtype = objective.model.module, objective.layout, objective.space.dtype
+    if module is not model:
+        log.info("%s: the %s inside is evaluated", type(model).__name__, type(module).__name__)
+    log.info("the matrix is that of %s", " | ".join(objective.description))
+    log.info("its model is evaluated with %s", objective.model.describe())
+    if layout.precision != dtype:
+        log.info("vectors are in %s, though some parameters are in %s", dtype, layout.precision)
+    if objective.data.pinned:
+        log.info("the data are kept, on %s", objective.space.device)
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ def output_objective(
     if of_samples:
         function = LossOfModel(forward_fn, function.loss.with_weighting(whole.data.weighting))
     return OutputObjective(
-        function, whole.model, whole.layout, whole.theta, whole.space, whole.data, whole.reduce
+        function, whole.model, whole.layout, whole.theta, whole.space, whole.data
     )
 
 

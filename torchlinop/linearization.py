@@ -40,7 +40,9 @@ class Work(Protocol[T_co]):
         """The function of model and batch that is differentiated; None for the loss."""
         ...
 
-    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> T_co: ...
+    def __call__(self, f: Function, theta: Tensor, start: int, batch: Batch) -> T_co:
+        """``start`` is the number of the first sample of the batch, among all data."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class HessianProducts:
     derivative: Derivative
     of: None = None
 
-    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> LinearMap:
+    def __call__(self, f: Function, theta: Tensor, start: int, batch: Batch) -> LinearMap:
         return self.derivative.hvp(f, theta)
 
 
@@ -66,8 +68,8 @@ class AsPrograms:
         """What the work differentiates."""
         return self.work.of
 
-    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> LinearMap:
-        return as_programs(self.work(f, theta, b, batch), self.steps)
+    def __call__(self, f: Function, theta: Tensor, start: int, batch: Batch) -> LinearMap:
+        return as_programs(self.work(f, theta, start, batch), self.steps)
 
 
 class Linearization(Protocol[T_co]):
@@ -80,6 +82,7 @@ class Linearization(Protocol[T_co]):
     @property
     def last(self) -> bool: ...  # whether the work may be freed as it is used
     def at(self, b: int, batch: Batch) -> AbstractContextManager[T_co]: ...
+    def of(self, objective: Objective) -> Linearization[T_co]: ...  # the same work, for this one
 
 
 class Kept(Generic[T_co]):
@@ -104,8 +107,12 @@ class Kept(Generic[T_co]):
     def _do(self, b: int, batch: Batch) -> T_co:
         with self._objective.evaluating(b, batch, self._work.of) as f:  # one thread at a time
             if b not in self._done:
-                self._done[b] = self._work(f, self._objective.theta, b, batch)
+                start = self._objective.data.starts[b]
+                self._done[b] = self._work(f, self._objective.theta, start, batch)
         return self._done[b]
+
+    def of(self, objective: Objective) -> Kept[T_co]:
+        return Kept(objective, self._work, self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs cannot be pickled; they are built again at the first product."""
@@ -137,7 +144,10 @@ class Rebuilt(Generic[T_co]):
     @contextmanager
     def at(self, b: int, batch: Batch) -> Iterator[T_co]:
         with self._objective.evaluating(b, batch, self._work.of) as f:
-            yield self._work(f, self._objective.theta, b, batch)
+            yield self._work(f, self._objective.theta, self._objective.data.starts[b], batch)
+
+    def of(self, objective: Objective) -> Rebuilt[T_co]:
+        return Rebuilt(objective, self._work, self.columns)
 
 
 def mean_product(objective: Objective, maps: Linearization[LinearMap], V: Tensor) -> Tensor:
@@ -147,7 +157,7 @@ def mean_product(objective: Objective, maps: Linearization[LinearMap], V: Tensor
         with maps.at(b, batch) as product:
             return maps.columns.apply(product, V, last=maps.last)
 
-    return objective.mean(term)
+    return objective.mean(term, V)
 
 
 @dataclass(frozen=True)
@@ -235,5 +245,10 @@ class LinearizationPlan:
                 f"{needed / 1e6:.4g} MB with their programs, more than the budget of "
                 f"{budget / 1e6:.4g} MB; pass a larger memory_budget, or leave it out"
             )
-        log.info("the graphs at theta are rebuilt for every product (budget %.1f MB)", budget / 1e6)
+        too_many = f"{needed / 1e6:.1f} MB are more than the budget of {budget / 1e6:.1f} MB"
+        reason = "as asked" if self.policy == "rebuild" else "nothing can be kept"
+        log.info(
+            "the graphs at theta are rebuilt for every product: %s",
+            too_many if self.policy == "auto" and possible else reason,
+        )
         return Rebuilt(objective, work, columns)

@@ -18,13 +18,10 @@ from torchlinop.errors import LossShapeError
 from torchlinop.model_state import BorrowedModel
 from torchlinop.parameters import ParameterLayout
 from torchlinop.progress import batches_shown
+from torchlinop.ranks import OneProcess, Ranks
 from torchlinop.space import VectorSpace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-def _of_one_process(total: Tensor) -> Tensor:
-    return total
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Objective:
     theta: Tensor  # (n,), a copy: the user may go on training
     space: VectorSpace
     data: WeightedData
-    reduce: Callable[[Tensor], Tensor] = _of_one_process  # sums a mean over processes
+    ranks: Ranks = OneProcess()  # that have the data between them
 
     @property
     def description(self) -> list[str]:
@@ -45,12 +42,14 @@ class Objective:
         layout, data = self.layout, self.data
         everything = len(layout.slots) + len(layout.frozen) + len(layout.filtered)
         mean = "mean" if data.weighting.mean else "sum"
-        size = f"{data.samples:,} samples in " if data.samples else ""
-        plural = "batch" if data.batches == 1 else "batches"
+        samples, batches = data.whole.samples, data.whole.batches
+        size = f"{samples:,} samples in " if samples else ""
+        plural = "batch" if batches == 1 else "batches"
         return [
             f"{type(self.model.module).__name__}, {len(layout.slots)} of {everything} tensors",
-            f"{size}{data.batches:,} {plural}, {mean} over {data.weighting.unit}",
+            f"{size}{batches:,} {plural}, {mean} over {data.weighting.unit}",
             f"{self.model.mode} mode",
+            *filter(None, [self.ranks.name]),
         ]
 
     def value(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -74,7 +73,7 @@ class Objective:
         def f(theta: Tensor) -> Tensor:
             return function(self.model.place(self.layout.split(theta)), batch)
 
-        with self.model.borrowed(b), self.explained(b, batch):
+        with self.model.borrowed(self.data.before.batches + b), self.explained(b, batch):
             yield f
 
     @contextmanager
@@ -82,20 +81,25 @@ class Objective:
         """Say what autograd's complaints about second derivatives mean for this model."""
 
         def evaluate() -> Tensor:
-            with self.model.borrowed(b):
+            with self.model.borrowed(self.data.before.batches + b):
                 return self.value(self.layout.split(self.theta.clone().requires_grad_()), batch)
 
         with second_derivatives_explained(self.model.module, evaluate):
             yield
 
-    def mean(self, term: Callable[[int, Batch], Tensor]) -> Tensor:
-        """``Σ_b share_b term(b, batch)``, the only loop over data in the library.
+    def mean(self, term: Callable[[int, Batch], Tensor], given: Tensor) -> Tensor:
+        """``Σ_b share_b term(b, batch)`` over the batches of all processes.
 
-        A term must be fresh memory: the first one is added to in place.
+        ``given`` has the shape of a term, and is the same in all processes: a vector that was
+        multiplied, say. A term must be fresh memory: the first one is added to in place.
         """
+        return self.ranks.sum(lambda: self.mean_here(term), given)
+
+    def mean_here(self, term: Callable[[int, Batch], Tensor]) -> Tensor:
+        """What the batches of this process add to it; the only loop over data in the library."""
         total: Tensor | None = None
         with closing(_generator(self.data)) as batches:
-            shown = batches_shown(batches, self.data.batches)
+            shown = batches_shown(batches, self.data.own.batches)
             for b, (batch, share) in enumerate(shown):
                 part = term(b, batch)
                 if total is None:
@@ -103,7 +107,7 @@ class Objective:
                 else:
                     total.add_(part, alpha=share)
         assert total is not None  # data with no batch are refused at construction
-        return self.reduce(total)
+        return total
 
     def loss(self) -> Tensor:
         """f(θ): a scalar tensor. One forward pass over the data."""
@@ -112,7 +116,7 @@ class Objective:
             with self.evaluating(b, batch) as f, torch.no_grad():
                 return f(self.theta).clone()
 
-        return self.mean(term)
+        return self.mean(term, self.theta.new_zeros(()))
 
     def gradient(self) -> Tensor:
         """∇f(θ): (n,). One forward and backward pass over the data."""
@@ -121,7 +125,7 @@ class Objective:
             with self.evaluating(b, batch) as f:
                 return gradient_of(f, self.theta)
 
-        return self.mean(term)
+        return self.mean(term, self.theta)
 
 
 def _generator(data: WeightedData) -> Any:

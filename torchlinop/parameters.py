@@ -83,14 +83,18 @@ class ParameterLayout:
     filtered: tuple[str, ...]  # names of trainable parameters that the filter left out
 
     @classmethod
-    def of(cls, model: nn.Module, param_filter: ParamFilter | None = None) -> ParameterLayout:
+    def of(
+        cls, model: nn.Module, param_filter: ParamFilter | None = None, *, sharded: bool = False
+    ) -> ParameterLayout:
         """Select the trainable parameters that ``param_filter(name, parameter)`` accepts.
 
-        A tied parameter is selected when the filter accepts any of its names.
+        A tied parameter is selected when the filter accepts any of its names. With ``sharded``,
+        parameters may be DTensors, and are described as a whole.
 
         Raises:
             NoParametersError: nothing is selected.
-            ParameterError: a selected parameter is complex, sharded or has no data.
+            ParameterError: a selected parameter is complex or has no data, or is a DTensor where
+                none is expected.
         """
         tied: dict[object, tuple[nn.Parameter, list[str]]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -104,7 +108,7 @@ class ParameterLayout:
             elif param_filter and not any(param_filter(name, parameter) for name in names):
                 filtered += names
             else:
-                _refuse_unfit(names[0], parameter)
+                _refuse_unfit(names[0], parameter, sharded)
                 offset = slots[-1].stop if slots else 0
                 shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
                 slots.append(Slot(tuple(names), shape, offset, dtype, device))
@@ -229,10 +233,10 @@ def _storage(parameter: nn.Parameter) -> object:
     return (*where, parameter.requires_grad)
 
 
-def _unfit(parameter: nn.Parameter) -> str | None:
+def _unfit(parameter: nn.Parameter, sharded: bool = False) -> str | None:
     if nn.parameter.is_lazy(parameter):
         return "is not initialised; run the model once on a batch before building the operator"
-    if type(parameter.data).__name__ == "DTensor":
+    if type(parameter.data).__name__ == "DTensor" and not sharded:
         return "is sharded (DTensor); give the operator an unsharded model"
     if parameter.device.type == "meta":
         return "is on the meta device and has no data; load the weights first"
@@ -241,8 +245,8 @@ def _unfit(parameter: nn.Parameter) -> str | None:
     return None
 
 
-def _refuse_unfit(name: str, parameter: nn.Parameter) -> None:
-    reason = _unfit(parameter)
+def _refuse_unfit(name: str, parameter: nn.Parameter, sharded: bool) -> None:
+    reason = _unfit(parameter, sharded)
     if reason:
         raise ParameterError(f"parameter {name!r} {reason}, or leave it out with param_filter")
 

@@ -76,7 +76,7 @@ def preflight(
             unused &= facts[-1].without
         return torch.zeros(())
 
-    objective.mean(examine)
+    objective.mean_here(examine)
     if len(unused) == len(objective.layout.slots):
         what = "loss" if of is None else "output of the model"
         raise LossShapeError(
@@ -87,7 +87,7 @@ def preflight(
         _warn_unused(objective, unused)
     saved = max(fact.saved for fact in facts)
     return Preflight(
-        saved * objective.data.batches,
+        saved * objective.data.own.batches,
         saved,
         any(fact.packed for fact in facts),
         tuple(sorted(unused)),

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from torchlinop.settings import hidden
+
 Item = TypeVar("Item")
 
 _SHOWING: ContextVar[bool] = ContextVar("showing", default=False)
@@ -17,8 +19,7 @@ _SHOWING: ContextVar[bool] = ContextVar("showing", default=False)
 @contextmanager
 def products_shown(progress: bool, total: int | None = None) -> Iterator[Callable[[int], object]]:
     """A bar of ``total`` products, where the output is a terminal; yields how to advance it."""
-    # disable=None: silent where the output is not a terminal.
-    with tqdm(total=total, unit="matvec", disable=None if progress else True) as bar:
+    with tqdm(total=total, unit="matvec", disable=hidden(progress)) as bar:
         token = _SHOWING.set(not bar.disable)
         try:
             yield bar.update

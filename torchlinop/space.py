@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchlinop.errors import OptionError
+from torchlinop.random_column import Draw, RandomColumn, gaussian, rademacher
 
 Distribution = Literal["gaussian", "rademacher", "sphere"]
 
@@ -28,6 +28,27 @@ class VectorSpace:
     size: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def local_size(self) -> int:
+        """How many entries of a vector this process holds: rows of a block, in memory."""
+        return self.size
+
+    def summed(self, small: Tensor) -> Tensor:
+        """What every process has of a sum over the rows that are its own, added up."""
+        return small
+
+    def largest(self, small: Tensor) -> Tensor:
+        """The largest number that any process has, entry by entry; NaN if one has it."""
+        return small
+
+    def own(self, X: Tensor) -> Tensor:
+        """The rows of a block that this process counts in a sum: none is counted by two."""
+        return X
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so. Clocks and memory differ, but all have to stop together."""
+        return flag
 
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """``Xᴴ Y`` of blocks (n, k) and (n, m): a (k, m) tensor, in double precision.
@@ -59,33 +80,37 @@ class VectorSpace:
         """A block (n, columns) of independent random columns.
 
         Column i depends on (seed, i) alone: not on the device, nor on how many columns are
-        drawn. ``"gaussian"`` has standard normal entries, ``"rademacher"`` has ±1, ``"sphere"``
-        is uniform on the sphere of radius √n.
+        drawn, nor on how many processes hold the vectors. ``"gaussian"`` has standard normal
+        entries, ``"rademacher"`` has ±1, ``"sphere"`` is uniform on the sphere of radius √n.
         """
-        return torch.stack([self._column(seed, i, distribution) for i in range(columns)], dim=1)
+        draw, on_sphere = _DISTRIBUTIONS[_checked(distribution)]
+        drawn = [RandomColumn(self.size, seed, i, draw) for i in range(columns)]
+        return torch.stack([self._column(entries, on_sphere) for entries in drawn], dim=1)
 
-    def _column(self, seed: int, index: int, distribution: Distribution) -> Tensor:
-        stream = np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(stream[0]) >> 1)
-        v = _DISTRIBUTIONS[_checked(distribution)](self.size, generator)
+    def _column(self, entries: RandomColumn, on_sphere: bool) -> Tensor:
+        if not on_sphere:
+            v = torch.empty(self.local_size, dtype=self.dtype, device=self.device)
+            return self._fill(v, entries)
+        # Rounded once, after division by the length.
+        v = self._fill(torch.empty(self.local_size, dtype=torch.float64), entries)
+        v.mul_(self.size**0.5 / self.norm(v).to(v.device))
         return v.to(dtype=self.dtype, device=self.device)
 
-
-def _gaussian(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, generator=generator, dtype=torch.float64)
-
-
-def _rademacher(n: int, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, (n,), generator=generator)
-    return signs.double().mul_(2).sub_(1)
-
-
-def _sphere(n: int, generator: torch.Generator) -> Tensor:
-    v = _gaussian(n, generator)
-    return v.mul_(n**0.5 / torch.linalg.vector_norm(v))
+    def _fill(self, v: Tensor, entries: RandomColumn) -> Tensor:
+        """The entries that this process holds, in v (local_size,)."""
+        start = 0
+        for chunk in entries.chunks():
+            v[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return v
 
 
-_DISTRIBUTIONS = {"gaussian": _gaussian, "rademacher": _rademacher, "sphere": _sphere}
+# How to draw an entry, and whether the column is then scaled to length √n.
+_DISTRIBUTIONS: dict[str, tuple[Draw, bool]] = {
+    "gaussian": (gaussian, False),
+    "rademacher": (rademacher, False),
+    "sphere": (gaussian, True),
+}
 
 
 def _checked(distribution: str) -> str:

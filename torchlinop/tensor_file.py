@@ -47,7 +47,7 @@ def read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor
             the device is none of this machine.
     """
     safetensors = _safetensors()
-    where = _usable(device)
+    where = usable_device(device)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -95,7 +95,8 @@ def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device; OptionError if it is none of this machine."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:  # as torch was built

@@ -8,7 +8,7 @@ import torch
 from cupyx_on_numpy import Array, found, installed, on_streams, ours
 
 from torchlinop import LambdaOperator, MatrixOperator
-from torchlinop.adapters import cupy_solvers
+from torchlinop.adapters import cupy_rounds, cupy_solvers
 from torchlinop.adapters.cupy import cupy_operator
 from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
 from torchlinop.errors import (
@@ -32,7 +32,8 @@ def cupyx(monkeypatch):
     """``cupyx.scipy.sparse.linalg`` over NumPy, on a device that is none."""
     if found() is None:
         pytest.skip("CuPy is not installed")
-    monkeypatch.setattr(cupy_solvers, "as_cupy_operator", cupy_operator)
+    for module in (cupy_rounds, cupy_solvers):
+        monkeypatch.setattr(module, "as_cupy_operator", cupy_operator)
     with installed() as linalg, on_streams():
         yield linalg
 
@@ -253,14 +254,26 @@ def test_nan_in_memory_that_was_never_written_does_no_harm(cupyx, monkeypatch):
     np.testing.assert_allclose(result.eigenvalues, SPD.flip(0)[:3], rtol=1e-6)
 
 
+# As cuBLAS and cuSOLVER raise it in CuPy.
+CUBLASError = type("CUBLASError", (RuntimeError,), {"__module__": "cupy_backends.cuda.libs.cublas"})
+
+
+def raises(error):
+    def solver(*args, **kwargs):
+        raise error
+
+    return solver
+
+
 @pytest.mark.parametrize(
     ("stub", "message"),
     [
+        (raises(CUBLASError("EXECUTION_FAILED")), r"cupyx failed \(CUBLASError: EXECUTION_FAILED"),
         (lambda *a, **o: (None, np.full((N, 3), np.nan).view(Array)), "cupyx gave NaN"),
         (lambda *a, **o: (None, np.ones((N, 3)).view(Array)), "vectors that are not orthonormal"),
         (lambda *a, **o: a[0] @ None, r"cupyx failed \(AttributeError: "),
     ],
-    ids=["nan", "copies", "failure"],
+    ids=["library", "nan", "copies", "failure"],
 )
 @pytest.mark.parametrize(
     ("call", "name"), [(cupy_eigsh, "eigsh"), (cupy_lobpcg, "lobpcg")], ids=["eigsh", "lobpcg"]
@@ -274,20 +287,17 @@ def test_whatever_goes_wrong_inside_is_named_and_gone_around(
     np.testing.assert_allclose(result.eigenvalues, SPD.flip(0)[:3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("error", [VectorError, RuntimeError])
 @pytest.mark.parametrize("call", [cupy_eigsh, cupy_lobpcg])
-def test_errors_of_products_are_not_taken_for_failures(cupyx, call):
-    def wrong(v):
-        raise VectorError("in the product")
-
-    with pytest.raises(VectorError, match="in the product"):
+def test_errors_of_products_are_not_taken_for_failures(cupyx, call, error):
+    wrong = raises(error("in the product"))
+    with pytest.raises(error, match="in the product"):
         call(LambdaOperator(N, wrong, dtype=torch.float64), 3, which="LA")
 
 
 @pytest.mark.parametrize(("call", "name"), [(cupy_eigsh, "eigsh"), (cupy_lobpcg, "lobpcg")])
 def test_cupy_that_runs_out_of_memory_is_named(cupyx, monkeypatch, call, name):
-    def full(*args, **kwargs):
-        raise MemoryError("Out of memory allocating 4,000 bytes")  # CuPy's is such a one
-
+    full = raises(MemoryError("Out of memory allocating 4,000 bytes"))  # CuPy's is such a one
     monkeypatch.setattr(cupyx, name, full)
     message = rf"memory on cpu ran out in {name} of cupyx \(Out of memory.*empty_cache"
     with pytest.raises(MemoryEstimateError, match=message):

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed", "torchlinop"])
+_processes.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torchlinop"]
+)
 
 
 class RankFailedError(Exception):

@@ -327,8 +327,8 @@ def test_replays_on_several_streams_and_threads_take_turns(monkeypatch):
     assert len(log) == 300
 
 
-def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
-    log = []
+def test_a_capture_that_fails_leaves_its_stream_and_its_pool(monkeypatch):
+    log, pools = [], []
 
     @contextmanager
     def stream(of):
@@ -347,12 +347,15 @@ def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
     for name, stand_in in {
         "Stream": lambda: made,
         "current_stream": lambda: made,
-        "graph_pool_handle": lambda: (0, 0),
+        "graph_pool_handle": lambda: pools.append(len(pools)) or pools[-1],
         "CUDAGraph": lambda: SimpleNamespace(replay=None),
         "stream": stream,
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    with pytest.raises(RuntimeError, match="capture was invalidated"):
-        cuda_graph.CudaRecorder().record(lambda: log.append("work"))
-    assert log == ["on", *["work"] * cuda_graph.WARM_UP, "off", "on", "work", "off"]
+    recorder = cuda_graph.CudaRecorder()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="capture was invalidated"):
+            recorder.record(lambda: log.append("work"))
+    assert log == 2 * ["on", *["work"] * cuda_graph.WARM_UP, "off", "on", "work", "off"]
+    assert pools == [0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ from torchlinop.adapters.dlpack import numpy_dtype
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.counting import ProductCount
 from torchlinop.operators.rectangular import RectangularOperator
+from torchlinop.settings import hidden
+
+log = logging.getLogger("torchlinop")
 
 AnyOperator = CurvatureOperator | RectangularOperator
 
@@ -30,6 +34,8 @@ class Adapter:
         count: ProductCount | None = None,
     ) -> None:
         super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
+        if operator.dtype.itemsize < 4:
+            log.info("vectors are exchanged in %s, products are in %s", self.dtype, operator.dtype)
         self.args = ()  # documented by SciPy
         self.operator = operator
         self._adjoint_operator: AnyOperator = (
@@ -37,8 +43,7 @@ class Adapter:
         )
         self._count = ProductCount(max_matvecs) if count is None else count
         self._options = (max_matvecs, progress)
-        # disable=None: silent where the output is not a terminal.
-        self._bar = tqdm(total=max_matvecs, unit="matvec", disable=None if progress else True)
+        self._bar = tqdm(total=max_matvecs, unit="matvec", disable=hidden(progress))
 
     @property
     def matvecs(self) -> int:

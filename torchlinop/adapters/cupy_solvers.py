@@ -6,42 +6,24 @@ NaN where a Krylov space ends early, as it does for matrices of low rank.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from torchlinop.adapters.cupy import as_cupy_operator
 from torchlinop.adapters.cupy_memory import copy_of_cupy, cupy, cupy_of
+from torchlinop.adapters.cupy_rounds import BreakdownError, Rounds, Solver
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
-from torchlinop.algorithms.krylov_schur import Status, Target
+from torchlinop.algorithms.krylov_schur import Target
 from torchlinop.algorithms.lanczos import lanczos
 from torchlinop.algorithms.lobpcg import lobpcg
-from torchlinop.algorithms.products import Products, run_of_products
-from torchlinop.algorithms.rayleigh_ritz import Projector
-from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
-from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import (
-    MemoryEstimateError,
-    OptionError,
-    TorchlinopError,
-    TorchlinopWarning,
-    warn_caller,
-)
+from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
-from torchlinop.space import VectorSpace
 
 End = Literal["LM", "LA", "SA"]
 
-# ``(X, tolerance, budget) ↦ X``: k columns from X; without a tolerance, a sweep to learn scales.
-Solver = Callable[[Tensor, float | None, int], Tensor]
-
 _SWEEP = 5  # iterations of lobpcg after which Ritz values have their order of magnitude
-_SKEW = 1e-2  # of a Gram matrix: less is mended by Rayleigh-Ritz, more may be a copy
 _TINY = 1e-300  # cupyx takes a tolerance of zero for its default
 
 
@@ -112,7 +94,7 @@ def cupy_eigsh(
     rounds = Rounds("eigsh of cupyx", target, budget, least=m + k, basis_size=m, seed=seed)
     try:
         return rounds.run(op, solver, v0, 1, progress=progress, strict=strict)
-    except _BreakdownError as breakdown:
+    except BreakdownError as breakdown:
         ours = lanczos(
             op, k, max(k, budget - breakdown.products.matvecs), which=which, tol=tol, seed=seed,
             v0=v0, progress=progress, strict=strict,
@@ -180,130 +162,13 @@ def cupy_lobpcg(
     rounds = Rounds("lobpcg of cupyx", target, budget, least, basis_size=3 * k, seed=seed)
     try:
         return rounds.run(op, solver, v0, k, progress=progress, strict=strict)
-    except _BreakdownError as breakdown:
+    except BreakdownError as breakdown:
         ours = lobpcg(
             op, k, max(4 * k + 2, budget - breakdown.products.matvecs), which=which,
             preconditioner=preconditioner, tol=tol, seed=seed, v0=v0, progress=progress,
             strict=strict,
         )  # fmt: skip
         return breakdown.replaced_by(ours, "lobpcg of torchlinop")
-
-
-class _BreakdownError(Exception):
-    """A solver gave no orthonormal vectors; carries the products it took."""
-
-    def __init__(self, reason: str, products: Products) -> None:
-        super().__init__(reason)
-        self.products = products
-
-    def replaced_by(self, ours: EigenResult, method: str) -> EigenResult:
-        """Our result in place of the solver's, saying so, with the products of both."""
-        note = f"{self}; the pairs are those of {method}"
-        warn_caller(note, TorchlinopWarning)
-        return dataclasses.replace(
-            ours,
-            warnings=(note, *ours.warnings),
-            matvecs=ours.matvecs + self.products.matvecs,
-            matmats=ours.matmats + self.products.matmats,
-        )
-
-
-class _Counted(CurvatureOperator):
-    """The matrix in working precision, with products that a run counts."""
-
-    def __init__(self, products: Products) -> None:
-        op = products.operator
-        super().__init__(VectorSpace(op.size, products.dtype, op.device), description=[repr(op)])
-        self.products = products
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        return self.products(V)
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """A solver with an absolute tolerance, called until true residuals are relatively small."""
-
-    name: str
-    target: Target
-    budget: int
-    least: int  # products a round takes
-    basis_size: int
-    seed: int
-
-    def run(
-        self,
-        op: CurvatureOperator,
-        solver: Callable[[Any], Solver],
-        v0: Tensor | EigenResult | None,
-        columns: int,
-        *,
-        progress: bool,
-        strict: bool,
-    ) -> EigenResult:
-        """The pairs found from a start of so many columns.
-
-        Raises:
-            _BreakdownError: the solver gave NaN, or vectors that are not orthogonal.
-            MemoryEstimateError: memory ran out.
-        """
-        with (
-            run_of_products(op, total=self.budget, progress=progress) as products,
-            torch.cuda.device(op.device),
-        ):
-            solve = solver(as_cupy_operator(_Counted(products)))
-            X = starting_block(op, v0, columns, self.seed)
-            found = self._found(products, solve, X)
-        return finished(products, found, self.target, seed=self.seed, strict=strict)
-
-    def _found(self, products: Products, solve: Solver, X: Tensor) -> Found:
-        target, projector = self.target, Projector(products, self.seed)
-        history: History = []
-        tolerance: float | None = None
-        status: Status | None = None
-        while status is None:
-            X = self._solved(products, solve, X, tolerance)
-            ritz, X = projector.pairs(X, products.columns(X), target.which, target.k)
-            history.append((products.matvecs, ritz.values, ritz.residuals))
-            wanted = max(float(target.bounds(ritz).min()), ritz.floor)
-            if target.exhausted(ritz):
-                status = named("converged", target, ritz)
-            elif self.budget - products.matvecs < self.least:
-                status = "maxmatvecs"
-            elif tolerance is not None and wanted >= tolerance:
-                status = "stagnated"
-            tolerance = wanted
-        size = bytes_of(X, self.basis_size + 3 * target.k)
-        return Found(
-            ritz, X, status, "true", history, self.name, self.basis_size, size,
-            restarts=len(history) - 1,
-        )  # fmt: skip
-
-    def _solved(
-        self, products: Products, solve: Solver, X: Tensor, tolerance: float | None
-    ) -> Tensor:
-        """Nearly orthonormal columns."""
-        try:
-            X = solve(X, tolerance, self.budget - products.matvecs - self.target.k)
-        except TorchlinopError:
-            raise
-        except MemoryError as error:  # of CuPy's pool, where torch's knows nothing of it
-            device = products.operator.device
-            raise MemoryEstimateError(
-                f"memory on {device} ran out in {self.name} ({error}); call "
-                "torch.cuda.empty_cache() first, which leaves to CuPy what torch holds unused, or "
-                "take lanczos with basis_device='cpu'"
-            ) from error
-        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-            # Where its Cholesky factor fails, lobpcg multiplies None.
-            reason = f"{self.name} failed ({type(error).__name__}: {error})"
-            raise _BreakdownError(reason, products) from error
-        gram = products.operator.space.inner(X, X).cpu()
-        if not bool(torch.isfinite(gram).all()):
-            raise _BreakdownError(f"{self.name} gave NaN, as for matrices of low rank", products)
-        if float((gram - torch.eye(len(gram))).abs().max()) > _SKEW:
-            raise _BreakdownError(f"{self.name} gave vectors that are not orthonormal", products)
-        return X
 
 
 def _target(

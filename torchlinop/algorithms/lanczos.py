@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from torchlinop.algorithms.run_file import RunFile
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
+
+log = logging.getLogger("torchlinop")
 
 Callback = Callable[[int, Tensor, Tensor], object]
 
@@ -128,6 +131,7 @@ def lanczos(
         op, total=max_iter, max_seconds=max_seconds, progress=progress
     ) as products:
         plan = request.plan(_block_size(products, request.block_size, v0, seed))
+        log.info("lanczos by %s", plan)
         start = _start(op, None if file.saved else v0, plan.block_size, seed)
         if request.unrestarted:
             found = plain_lanczos(

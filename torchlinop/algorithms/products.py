@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from torch import Tensor
 from torchlinop.errors import MemoryEstimateError, NonFiniteError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.progress import products_shown
+
+log = logging.getLogger("torchlinop")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,6 +70,8 @@ class Products:
         self.operator = operator
         self.damping = damping
         self.dtype = working_dtype(operator.dtype)
+        if self.dtype != operator.dtype:
+            log.info("vectors of the solver are in %s, products in %s", self.dtype, operator.dtype)
         self.noise = breakdown(operator.dtype)  # what products do to eigenvalues, relative to ‖A‖
         self.matvecs = 0
         self.matmats = 0

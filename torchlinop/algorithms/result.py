@@ -73,15 +73,22 @@ class Result:
                 is not installed.
         """
         tensors, header = read(path, device)
+        _refuse_newer(path, header)
         if header.get("result") != cls.__name__ or header.get("format") != _FORMAT:
             raise OptionError(
                 f"expected a {cls.__name__} of format {_FORMAT} in {path}, got a "
                 f"{header.get('result', 'file of an operator')} of format "
                 f"{header.get('format')}; load it with the class that saved it"
             )
+        return cls._of_file(path, tensors, header)
+
+    @classmethod
+    def _of_file(
+        cls, path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+    ) -> Self:
         with intact(path):
             fields = {name: _from_json(v) for name, v in header["fields"].items()}
-            return cls._of_values(fields | tensors)
+            return cls._of_values(fields | dict(tensors))
 
     def save_npz(self, path: str | Path) -> None:
         """Write tensors and numbers as NumPy arrays; what NumPy has no type for is left out."""
@@ -103,6 +110,13 @@ class Result:
             elif name in self._columns and isinstance(value, Tensor):
                 numbers |= {f"{name}/{i}": float(x) for i, x in enumerate(value.tolist(), 1)}
         return numbers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, columns and scalars as JSON has them; no vector of length n."""
+        plain = {name: _plain(v) for name, v in self._values().items() if _is_plain(v)}
+        columns = {name: _listed(getattr(self, name)) for name in self._columns}
+        scalars = {name: v for name, v in self.scalars().items() if "/" not in name}
+        return {"result": type(self).__name__, **scalars, **plain, **columns}
 
     def to_dataframe(self) -> Any:
         """The columns as a pandas DataFrame, a row an entry.
@@ -132,6 +146,42 @@ class Result:
         return cls(**own)
 
 
+def load_result(path: str | Path, device: torch.device | str = "cpu") -> Result:
+    """Read what any result's ``save`` wrote, with tensors on ``device``.
+
+    Raises:
+        OptionError: the file is damaged, holds something else, or is of a newer version; or the
+            package safetensors is not installed.
+    """
+    tensors, header = read(path, device)
+    _refuse_newer(path, header)
+    kind = _kinds(Result).get(header.get("result", ""))
+    if kind is None:
+        raise OptionError(
+            f"expected a saved result in {path}, got a "
+            f"{header.get('kind') or header.get('result') or 'file of an operator'}; pass a file "
+            "that a result's .save wrote"
+        )
+    return kind._of_file(path, tensors, header)
+
+
+def _kinds(kind: type[Result]) -> dict[str, type[Result]]:
+    """All classes of results, by their names."""
+    found = {kind.__name__: kind}
+    for child in kind.__subclasses__():
+        found |= _kinds(child)
+    return found
+
+
+def _refuse_newer(path: str | Path, header: Mapping[str, Any]) -> None:
+    written = header.get("format")
+    if isinstance(written, int) and written > _FORMAT:
+        raise OptionError(
+            f"{path} was written by a newer version, in format {written}, and this one reads "
+            f"format {_FORMAT}; run: pip install --upgrade torchlinop"
+        )
+
+
 def optional(module: str) -> ModuleType:
     """A module of a package that this one works without.
 
@@ -147,6 +197,18 @@ def optional(module: str) -> ModuleType:
 
 def _listed(column: Tensor | tuple[Any, ...]) -> list[Any]:
     return column.tolist() if isinstance(column, Tensor) else list(column)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return name_of(value) if isinstance(value, torch.dtype) else value
 
 
 def _as_json(value: Any) -> Any:

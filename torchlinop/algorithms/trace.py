@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from torchlinop.algorithms.unit_scale import UnitScale
 from torchlinop.errors import NotConvergedError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
+
+log = logging.getLogger("torchlinop")
 
 _USUAL = 60  # products, if neither their number nor an accuracy is asked for
 _ROUNDINGS = 4  # in an estimate, which sums many of them: observed up to 4 beyond the rank
@@ -89,6 +92,7 @@ def trace(
     budget = num_matvecs or (_USUAL if rtol is None else _MOST)
     name = suitable(A, budget) if method == "auto" else method
     budget = affordable(A, name, budget, fewer=rtol is not None)
+    log.info("trace by %s, of at most %d products", name, budget)
     kind = ESTIMATORS[name]
     with run_of_products(A, total=budget, max_seconds=max_seconds, progress=progress) as products:
         estimator = kind(products, distribution or kind.usual, seed)

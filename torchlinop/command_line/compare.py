@@ -1,52 +1,57 @@
-"""``python -m torchlinop compare MODULE:build``: eigensolvers on what build() returns."""
+"""``torchlinop compare SPEC``: eigensolvers on one matrix."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from torchlinop.command_line.curvature import operator_for
+from torchlinop.command_line.files import refuse_existing, refuse_unwritable
 from torchlinop.command_line.loading import built
+from torchlinop.command_line.options import Subparsers, add_json, add_spec, command
+from torchlinop.command_line.report import note, print_json
 from torchlinop.compare import compare
 from torchlinop.compare.request import End
-from torchlinop.errors import OptionError
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add(subparsers: Subparsers) -> None:
     """The arguments of this command."""
-    parser = subparsers.add_parser(
+    parser = command(
+        subparsers,
         "compare",
-        help="compare eigensolvers on one operator",
-        description=__doc__,
-        epilog="build() returns an operator, an array, or a dict of these by name. The module may "
-        "register solvers of its own, by torchlinop.compare.eigensolver.",
+        "eigensolvers on one matrix, and what is true of their answers",
+        "build() may also return a dict of operators by name, and the module register solvers of "
+        "its\nown, by torchlinop.compare.eigensolver.",
     )
-    parser.add_argument("build", metavar="MODULE:build", help="a function, or dir/file.py:build")
-    parser.add_argument("-k", type=int, default=10, help="how many pairs (10)")
-    parser.add_argument("--which", choices=get_args(End), default="LA", help="the end (LA)")
-    parser.add_argument("--tol", type=float, help="relative residual (1e-6; 1e-4 in float32)")
-    parser.add_argument("--budget", type=int, help="products a run (100 k)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="a run (60)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
-    parser.add_argument(
+    add_spec(parser)
+    group = parser.add_argument_group("comparison")
+    group.add_argument("-k", type=int, default=10, help="how many pairs (10)")
+    group.add_argument("--which", choices=get_args(End), default="LA", help="the end (LA)")
+    group.add_argument("--tol", type=float, help="relative residual (1e-6; 1e-4 in float32)")
+    group.add_argument("--budget", type=int, help="products a run (100 k)")
+    group.add_argument("--seconds", type=float, default=60.0, help="a run (60)")
+    group.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    group.add_argument(
         "--solver", action="append", help='a name or pattern, as "scipy*"; again for more (all)'
     )
-    parser.add_argument("--truth", choices=["dense"], help="compute all eigenvalues, for errors")
-    parser.add_argument("--no-histories", action="store_true", help="fewer runs, and no curves")
-    parser.add_argument("--html", type=Path, help="write a page with pictures")
-    parser.add_argument("--json", type=Path, help="write all numbers")
+    group.add_argument("--truth", choices=["dense"], help="compute all eigenvalues, for errors")
+    group.add_argument("--no-histories", action="store_true", help="fewer runs, and no curves")
+    output = parser.add_argument_group("output")
+    output.add_argument("--html", type=Path, help="write a page with pictures")
+    output.add_argument("--out", metavar="FILE.json", type=Path, help="write all numbers")
+    output.add_argument("--overwrite", action="store_true", help="files that exist")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    for path in (options.html, options.json):
-        _refuse_path(path)
-    problems: Any = built(options.build)
+    for path in (options.html, options.out):
+        refuse_existing(path, options.overwrite)
+        refuse_unwritable(path)
     found = compare(
-        problems,
+        _problems(built(options.spec, options.seed), options),
         options.k,
         options.which,
         options.solver,
@@ -58,16 +63,18 @@ def _run(options: argparse.Namespace) -> int:
         histories=not options.no_histories,
         progress=True,
     )
-    print(found)
     if options.json:
-        found.save(options.json)
+        print_json(found.to_dict())
+    else:
+        print(found)
+    if options.out:
+        found.save(options.out)
     if options.html:
-        print(f"\npage: {found.to_html(options.html)}")
+        note(f"page: {found.to_html(options.html)}")
     return 0
 
 
-def _refuse_path(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise OptionError(f"no folder {path.parent} to write {path.name} into; make it first")
-    if path is not None and path.is_dir():
-        raise OptionError(f"{path} is a folder; give the name of a file")
+def _problems(made: Any, options: argparse.Namespace) -> Any:
+    """One operator, or a dict of operators as it is."""
+    several = isinstance(made, Mapping) and "model" not in made
+    return made if several else operator_for(made, options)

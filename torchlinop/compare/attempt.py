@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from torchlinop.compare.timed_operator import SolverHangs, TimedOperator
+from torchlinop.compare.watch import watched
 
 _LONG = 110  # letters of a reason
 
@@ -37,7 +38,7 @@ def attempt(solve: Callable[[], Any], A: TimedOperator, seed: int) -> Attempt:
         warnings.simplefilter("always")
         started = time.perf_counter()
         try:
-            found = solve()
+            found = watched(solve, A)
             if A.device.type == "cuda":
                 torch.cuda.synchronize(A.device)
         except (Exception, SolverHangs) as error:  # failures of solvers are rows

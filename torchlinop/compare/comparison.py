@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from torchlinop.algorithms.result import optional
 from torchlinop.compare.page import page
+from torchlinop.compare.registry import Candidate
 from torchlinop.compare.rows import Row, cells_of, columns_of
 from torchlinop.compare.text_table import text_table
 
@@ -31,6 +32,16 @@ class History:
     products: tuple[int, ...]
     seconds: tuple[float, ...]
     values: tuple[float, ...]  # what ``Comparison.measure`` names
+
+    @classmethod
+    def of(
+        cls, problem: str, candidate: Candidate, points: Iterable[tuple[int, float, float]]
+    ) -> History:
+        """Points (products, seconds, value); of equal products the last, which was asked more."""
+        of_cost = {point[0]: point for point in points}
+        columns = tuple(zip(*(of_cost[cost] for cost in sorted(of_cost)), strict=True))
+        by = "budget" if candidate.budgeted else "tolerance"
+        return cls(problem, candidate.name, by, *(columns or ((), (), ())))
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from torchlinop.algorithms.spectral_density import SpectralDensity
 from torchlinop.compare.comparison import Comparison, History
-from torchlinop.compare.estimates import Estimated, common, estimated
 from torchlinop.compare.registry import Candidate, Wanted, density_estimator
 from torchlinop.compare.request import DensityRequest
-from torchlinop.compare.rows import COSTS, Column, Row, small
+from torchlinop.compare.rows import COSTS, Column, Row, points_of, small
+from torchlinop.compare.runs import Run, common, run_of
 from torchlinop.compare.subject import Subject, Truth, subjects_of
 from torchlinop.compare.sweep import Measures, facts_of, seeds_of, sweep
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
@@ -90,7 +90,7 @@ def compare_densities(
         requests = [DensityRequest(probes, min(steps, subject.operator.size), s) for s in numbers]
         budget = probes * requests[0].steps
         runs = [
-            estimated(subject, candidate, r, answer_of, budget=budget, seconds=seconds)
+            run_of(subject, candidate, r, answer_of, budget=budget, seconds=seconds)
             for r in requests
         ]
         return _row(subject, candidate.name, runs)
@@ -101,23 +101,13 @@ def compare_densities(
             return whole, None
         fewer = sorted({steps // 8, steps // 4, steps // 2} - {0, 1})
         rows = [*(row(subject, candidate, m) for m in fewer), whole]
-        return whole, _history(subject, candidate, rows)
+        return whole, History.of(subject.name, candidate, points_of(rows))
 
-    def refused(problem: str, solver: str, why: str) -> DensityRow:
-        return DensityRow(problem, solver, seeds=1, failures=1, failure=why)
-
-    measures = Measures(measured, refused)
+    measures = Measures(measured, DensityRow)
     done = sweep(subjects, density_estimator, estimators, measures, progress=progress)
-    return Comparison(
-        "of spectral densities",
-        "distance of the quadrature / range",
-        tuple(done.rows),
-        tuple(done.histories),
-        facts_of(subjects, f"{probes} probes of {steps} steps", numbers),
-        done.left_out,
-        math.nan,
-        NOTES,
-        tuple(done.warnings),
+    facts = facts_of(subjects, f"{probes} probes of {steps} steps", numbers)
+    return done.comparison(
+        "of spectral densities", "distance of the quadrature / range", facts, NOTES
     )
 
 
@@ -159,7 +149,7 @@ def answer_of(found: Any) -> DensityAnswer:
     return DensityAnswer(nodes, weights, grid, density)
 
 
-def _row(subject: Subject, name: str, runs: Sequence[Estimated[DensityAnswer]]) -> DensityRow:
+def _row(subject: Subject, name: str, runs: Sequence[Run[DensityAnswer]]) -> DensityRow:
     found = [run.answer for run in runs if run.answer]
     exact = subject.eigenvalues
     if exact is None or not subject.whole or not found:
@@ -184,18 +174,6 @@ def distance(points: Tensor, weights: Tensor, exact: Tensor) -> float:
     positive = weights.double().cpu().clamp_min(0)
     return float(
         wasserstein_distance(points.double().cpu().numpy(), exact.numpy(), positive.numpy())
-    )
-
-
-def _history(subject: Subject, candidate: Candidate, rows: Sequence[DensityRow]) -> History:
-    there = [row for row in rows if not row.failures]
-    return History(
-        subject.name,
-        candidate.name,
-        "budget",
-        tuple(int(row.products.median) for row in there),
-        tuple(row.seconds.median for row in there),
-        tuple(row.quadrature for row in there),
     )
 
 

@@ -9,21 +9,8 @@ from dataclasses import dataclass
 from torchlinop.compare.judge import Judged
 from torchlinop.compare.memory import Usage
 from torchlinop.compare.rows import COSTS, Column, Row, small
+from torchlinop.compare.runs import Run, common
 from torchlinop.compare.spread import UNKNOWN, Spread
-
-
-@dataclass(frozen=True)
-class Run:
-    """One seed: what it cost, and what the answer is worth, or why there is none."""
-
-    seed: int
-    products: int
-    calls: int
-    seconds: float
-    product_seconds: float
-    judged: Judged | None = None
-    failure: str = ""
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,29 +38,20 @@ class EigenRow(Row):
         cls,
         problem: str,
         solver: str,
-        runs: Sequence[Run],
+        runs: Sequence[Run[Judged]],
         *,
         k: int,
         usage: Usage | None,
         vector: int,
     ) -> EigenRow:
         """The row of these runs; a vector takes so many bytes."""
-        answered = [run for run in runs if run.judged]
-        judged = [run.judged for run in answered if run.judged]
-        failures = [run.failure for run in runs if run.failure]
+        judged = [run.answer for run in runs if run.answer]
         return cls(
             problem,
             solver,
-            seeds=len(runs),
-            failures=len(failures),
-            failure=failures[0] if failures else "",
+            **common(runs),
             false=max((j.false for j in judged), key=len, default=()),
             false_seeds=sum(bool(j.false) for j in judged),
-            warnings=tuple(dict.fromkeys(w for run in runs for w in run.warnings)),
-            products=Spread.of(run.products for run in runs),
-            calls=Spread.of(run.calls for run in runs),
-            seconds=Spread.of(run.seconds for run in runs),
-            product_seconds=Spread.of(run.product_seconds for run in runs),
             k=k,
             pairs=min((j.pairs for j in judged), default=0),
             converged=min((j.converged for j in judged), default=0),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
 
 from torchlinop.compare.comparison import Comparison, History
 from torchlinop.compare.eigen_rows import EigenRow
+from torchlinop.compare.eigen_runs import history, run, usage
 from torchlinop.compare.registry import Candidate, Wanted, eigensolver
 from torchlinop.compare.request import End, Request
-from torchlinop.compare.runs import history, run, usage
 from torchlinop.compare.subject import Subject, Truth, subjects_of
 from torchlinop.compare.sweep import Measures, facts_of, seeds_of, sweep
 from torchlinop.errors import OptionError
@@ -55,7 +56,8 @@ def compare(
             (values, vectors)``; all registered ones that suit unless given.
         tol: relative to the eigenvalue; 1e-6, in float32 1e-4, unless given.
         budget: products a run, 100 k unless given. The one beyond it raises in the solver.
-        seconds: a run, likewise, at the next product.
+        seconds: a run, likewise, at the next product. A solver that makes none for as long is
+            interrupted, at the next line of Python that it comes to.
         seeds: how many, or which.
         truth: the eigenvalues (n,), or those wanted; ``"dense"`` computes them by n products; a
             dict of these by problem. ``operator.eigenvalues`` unless given, if there is such.
@@ -86,30 +88,18 @@ def compare(
         request = requests[subject.name]
         first = request.of_seed(numbers[0])
         runs = [run(candidate, subject, request.of_seed(seed)) for seed in numbers]
-        held = usage(candidate, subject, first) if memory else None
+        ends = not any(r.hung for r in runs)
+        held = usage(candidate, subject, first) if memory and ends else None
         vector = _vector(subject.operator)
         row = EigenRow.of(subject.name, candidate.name, runs, k=k, usage=held, vector=vector)
-        return row, history(candidate, subject, first, runs[0]) if histories else None
+        return row, history(candidate, subject, first, runs[0]) if histories and ends else None
 
-    def refused(problem: str, solver: str, why: str) -> EigenRow:
-        return EigenRow(problem, solver, seeds=1, failures=1, failure=why, k=k)
-
-    done = sweep(
-        subjects, eigensolver, solvers, Measures(measured, refused, which), progress=progress
-    )
+    measures = Measures(measured, partial(EigenRow, k=k), which)
+    done = sweep(subjects, eigensolver, solvers, measures, progress=progress)
     tols = ", ".join(dict.fromkeys(f"{r.tol:g}" for r in requests.values()))
     asked = f"{k} pairs, {which}, tol {tols}, at most {products:,} products and {seconds:g} s a run"
-    return Comparison(
-        "of eigensolvers",
-        "largest relative residual",
-        tuple(done.rows),
-        tuple(done.histories),
-        facts_of(subjects, asked, numbers),
-        done.left_out,
-        max(r.tol for r in requests.values()),
-        NOTES,
-        tuple(done.warnings),
-    )
+    facts, target = facts_of(subjects, asked, numbers), max(r.tol for r in requests.values())
+    return done.comparison("of eigensolvers", "largest relative residual", facts, NOTES, target)
 
 
 def _refuse(k: int, which: str, tol: float | None, budget: int | None, seconds: float) -> None:
@@ -153,7 +143,7 @@ NOTES = (
     "same Gaussian start where they take one; solvers whose tol is absolute, or relative to ‖A‖, "
     "are given what amounts to it for the last pair.",
     "Products are counted by the matrix. The one beyond the budget, in products or seconds, raises "
-    "in the solver.",
+    "in the solver; one that makes no product for as many seconds is interrupted.",
     "Residuals, orthogonality, errors, ghosts and missed eigenvalues are measured afterwards, in "
     "float64, by products that do not count. Costs are medians of the seeds, with the range in "
     "parentheses; accuracy is that of the worst seed.",

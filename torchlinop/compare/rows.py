@@ -106,6 +106,15 @@ def cells_of(row: Row, columns: Iterable[Column]) -> list[str]:
     return [column.cell(row) for column in columns]
 
 
+def points_of(rows: Iterable[Row]) -> list[tuple[int, float, float]]:
+    """Products, seconds and accuracy of the rows of one history, but for failures."""
+    return [
+        (int(row.products.median), row.seconds.median, row.accuracy)
+        for row in rows
+        if not row.failures
+    ]
+
+
 def small(value: float) -> str:
     """``3e-07``; "-" if it is not known."""
     return "-" if math.isnan(value) else f"{value:.0e}"

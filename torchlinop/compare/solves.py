@@ -13,10 +13,10 @@ from torch import Tensor
 
 from torchlinop.algorithms.solve_result import SolveResult
 from torchlinop.compare.comparison import Comparison, History
-from torchlinop.compare.estimates import Estimated, common, estimated
 from torchlinop.compare.registry import Candidate, Wanted, linear_solver
 from torchlinop.compare.request import SolveRequest
 from torchlinop.compare.rows import COSTS, Column, Row, small
+from torchlinop.compare.runs import Run, common, run_of
 from torchlinop.compare.spread import Spread
 from torchlinop.compare.subject import Subject, Truth, subjects_of
 from torchlinop.compare.sweep import Measures, facts_of, seeds_of, sweep
@@ -104,50 +104,38 @@ def compare_solves(
             raise VectorError("expected a finite b that is not 0; pass another, or leave it out")
         return SolveRequest(given.to(A.dtype).to(A.device), rtol, budget, seconds, seed)
 
-    def run(subject: Subject, candidate: Candidate, request: SolveRequest) -> _Judged:
-        def read(found: Any) -> Solution:
-            return solution_of(found, request.b)
+    def run(subject: Subject, candidate: Candidate, request: SolveRequest) -> Run[_Judged]:
+        def read(found: Any) -> _Judged:
+            return _judged(subject, request, solution_of(found, request.b))
 
-        done = estimated(subject, candidate, request, read, budget=request.budget, seconds=seconds)
-        residual = math.nan if done.answer is None else _residual(subject, request, done.answer)
-        return _Judged(done, residual, _rounding(subject, request, done.answer))
+        return run_of(subject, candidate, request, read, budget=request.budget, seconds=seconds)
 
     def measured(subject: Subject, candidate: Candidate) -> tuple[SolveRow, History | None]:
         runs = [run(subject, candidate, asked(subject, seed)) for seed in numbers]
         row = _row(subject, candidate.name, runs, rtol)
-        if not histories:
+        if not histories or any(r.hung for r in runs):
             return row, None
         first = asked(subject, numbers[0])
-        budgets = np.geomspace(2, max(2, runs[0].run.products), _POINTS).astype(int)[:-1]
+        budgets = np.geomspace(2, max(2, runs[0].products), _POINTS).astype(int)[:-1]
         fewer = [replace(first, budget=n) for n in sorted(set(budgets.tolist()))]
         looser = [replace(first, rtol=t) for t in np.geomspace(0.5, rtol, _POINTS)[:-1].tolist()]
         requests = fewer if candidate.budgeted else looser
-        points = [*(run(subject, candidate, r) for r in requests), runs[0]]
-        return row, _history(subject, candidate, points)
+        tried = [*(run(subject, candidate, r) for r in requests), runs[0]]
+        points = [(r.products, r.seconds, r.answer.residual) for r in tried if r.answer]
+        return row, History.of(subject.name, candidate, points)
 
-    def refused(problem: str, solver: str, why: str) -> SolveRow:
-        return SolveRow(problem, solver, seeds=1, failures=1, failure=why)
-
-    done = sweep(subjects, linear_solver, solvers, Measures(measured, refused), progress=progress)
+    measures = Measures(measured, SolveRow)
+    done = sweep(subjects, linear_solver, solvers, measures, progress=progress)
     limits = f"at most {budget:,} products and {seconds:g} s a run"
-    return Comparison(
-        "of linear solvers",
-        "relative residual",
-        tuple(done.rows),
-        tuple(done.histories),
-        facts_of(subjects, f"(A + {damping:g} I) x = b, rtol {rtol:g}, {limits}", numbers),
-        done.left_out,
-        rtol,
-        NOTES,
-        tuple(done.warnings),
-    )
+    facts = facts_of(subjects, f"(A + {damping:g} I) x = b, rtol {rtol:g}, {limits}", numbers)
+    return done.comparison("of linear solvers", "relative residual", facts, NOTES, rtol)
 
 
 @dataclass(frozen=True)
 class _Judged:
-    run: Estimated[Solution]
+    said: Solution
     residual: float  # true
-    rounding: float  # of a product, in the same measure
+    rounding: float  # what a right residual may be off by
 
 
 def damped(subject: Subject, damping: float) -> Subject:
@@ -178,59 +166,39 @@ def solution_of(found: Any, b: Tensor) -> Solution:
     return Solution(x.double(), found.residual, found.converged)
 
 
-def _residual(subject: Subject, request: SolveRequest, solution: Solution) -> float:
-    A, b = subject.operator, request.b.double()
-    r = b - A.matvec(solution.x.to(A.dtype)).double()
-    return float(torch.linalg.vector_norm(r) / torch.linalg.vector_norm(b))
+def _judged(subject: Subject, request: SolveRequest, solution: Solution) -> _Judged:
+    """Its residual by one more product, which rounds by roundoffs of ‖A‖ ‖x‖ / ‖b‖."""
+    A, b, x = subject.operator, request.b.double(), solution.x
+    r = b - A.matvec(x.to(A.dtype)).double()
+    r_norm, x_norm, b_norm = (float(torch.linalg.vector_norm(v)) for v in (r, x, b))
+    rounding = 10 * torch.finfo(A.dtype).eps + subject.rounding * x_norm / b_norm
+    return _Judged(solution, r_norm / b_norm, rounding)
 
 
-def _rounding(subject: Subject, request: SolveRequest, solution: Solution | None) -> float:
-    """What a right residual may be off by: roundoffs of ‖A‖ ‖x‖, relative to ‖b‖."""
-    if solution is None:
-        return math.nan
-    x, b = (float(torch.linalg.vector_norm(v.double())) for v in (solution.x, request.b))
-    return 10 * torch.finfo(subject.operator.dtype).eps + subject.rounding * x / b
-
-
-def _row(subject: Subject, name: str, runs: Sequence[_Judged], rtol: float) -> SolveRow:
-    false = [tuple(_false_claims(judged, rtol)) for judged in runs]
-    answers = [j.run.answer for j in runs if j.run.answer]
-    claimed = Spread.of(a.residual for a in answers)
+def _row(subject: Subject, name: str, runs: Sequence[Run[_Judged]], rtol: float) -> SolveRow:
+    judged = [run.answer for run in runs if run.answer]
+    false = [tuple(_false_claims(j, rtol)) for j in judged]
+    claimed = Spread.of(j.said.residual for j in judged)
     return SolveRow(
         subject.name,
         name,
-        **common([judged.run for judged in runs]),
-        false=max(false, key=len),
+        **common(runs),
+        false=max(false, key=len, default=()),
         false_seeds=sum(map(bool, false)),
-        residual=Spread.of(judged.residual for judged in runs).most,
+        residual=Spread.of(j.residual for j in judged).most,
         claimed_residual=claimed.most,
         rtol=rtol,
     )
 
 
 def _false_claims(judged: _Judged, rtol: float) -> list[str]:
-    answer, true, rounding = judged.run.answer, judged.residual, judged.rounding
-    if answer is None:
-        return []
+    said, true, rounding = judged.said, judged.residual, judged.rounding
     found = []
-    if true > _SLACK * answer.residual + rounding:
-        found.append(f"a residual of {true:.0e} is claimed to be {answer.residual:.0e}")
-    if answer.converged and true > _SLACK * rtol + rounding:
+    if true > _SLACK * said.residual + rounding:
+        found.append(f"a residual of {true:.0e} is claimed to be {said.residual:.0e}")
+    if said.converged and true > _SLACK * rtol + rounding:
         found.append(f"called converged with a residual of {true:.0e}")
     return found
-
-
-def _history(subject: Subject, candidate: Candidate, points: Sequence[_Judged]) -> History:
-    of_cost = {p.run.products: p for p in points if not p.run.failure}
-    there = [p for _, p in sorted(of_cost.items())]
-    return History(
-        subject.name,
-        candidate.name,
-        "budget" if candidate.budgeted else "tolerance",
-        tuple(p.run.products for p in there),
-        tuple(p.run.seconds for p in there),
-        tuple(p.residual for p in there),
-    )
 
 
 NOTES = (

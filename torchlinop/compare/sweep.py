@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 import torchlinop
-from torchlinop.compare.comparison import History
+from torchlinop.compare.comparison import Comparison, History
 from torchlinop.compare.registry import Candidate, Registry, Wanted
 from torchlinop.compare.rows import Row
 from torchlinop.compare.subject import Subject
 from torchlinop.errors import OptionError, SymmetryError
+from torchlinop.settings import hidden
 
 Measured = tuple[Row, History | None]
 
@@ -25,7 +27,7 @@ class Measures:
     """How one kind of solver is measured."""
 
     run: Callable[[Subject, Candidate], Measured]
-    refused: Callable[[str, str, str], Row]  # problem, solver, reason
+    row: Callable[..., Row]  # (problem, solver, **fields), for one that is not run
     which: str = ""
 
 
@@ -43,6 +45,27 @@ class Sweep:
         self.rows.append(row)
         if history and history.products:
             self.histories.append(history)
+
+    def comparison(
+        self,
+        title: str,
+        measure: str,
+        facts: Mapping[str, str],
+        notes: tuple[str, ...],
+        target: float = math.nan,
+    ) -> Comparison:
+        """What is shown of it."""
+        return Comparison(
+            title,
+            measure,
+            tuple(self.rows),
+            tuple(self.histories),
+            facts,
+            self.left_out,
+            target,
+            notes,
+            tuple(self.warnings),
+        )
 
 
 def sweep(
@@ -69,7 +92,7 @@ def sweep(
     for subject in subjects:
         _refuse_asymmetric(subject, chosen)
     done = Sweep(warnings=[w for s in subjects for w in s.warnings])
-    with tqdm(total=len(subjects) * len(chosen), disable=None if progress else True) as bar:
+    with tqdm(total=len(subjects) * len(chosen), disable=hidden(progress)) as bar:
         try:
             for subject in subjects:
                 for candidate in chosen:
@@ -80,7 +103,8 @@ def sweep(
                     elif not _by_name(candidate, asked):
                         done.left_out[candidate.name] = why_not
                     else:
-                        done.rows.append(measures.refused(subject.name, candidate.name, why_not))
+                        failed = {"seeds": 1, "failures": 1, "failure": why_not}
+                        done.rows.append(measures.row(subject.name, candidate.name, **failed))
                     bar.update()
         except KeyboardInterrupt:
             if not done.rows:

@@ -18,7 +18,7 @@ _PATIENCE = 1000  # refused products, after which a solver that goes on is taken
 
 
 class SolverHangs(BaseException):
-    """A solver goes on after its products were refused; no ``except Exception`` holds it."""
+    """A solver goes on and on, with products refused or none; no ``except Exception`` holds it."""
 
 
 class TimedOperator(CountingOperator):
@@ -38,25 +38,41 @@ class TimedOperator(CountingOperator):
         super().__init__(operator, budget)
         self.product_seconds = 0.0
         self.refused = ""  # why a product was, if any
+        self.seconds = seconds
+        self.left_alone = False  # for longer than that, by a solver that had to be interrupted
         self._refusals = 0
-        self._seconds = seconds
         self._within = within  # what a product is wrapped in, by those who measure memory, say
-        self._started = time.perf_counter()
+        self._started = self._left = time.perf_counter()
+        self._inside = False
 
     def _matmat(self, V: Tensor) -> Tensor:
         self._refuse(V.shape[1])
         began = self._now()
-        with self._within():
-            AV = super()._matmat(V)
-        self.product_seconds += self._now() - began
+        self._inside = True
+        try:
+            with self._within():
+                AV = super()._matmat(V)
+        finally:
+            self._left = self._now()
+            self._inside = False
+        self.product_seconds += self._left - began
         return AV
+
+    def idle(self) -> float:
+        """Seconds since the last product, or the start; none inside a product."""
+        return 0.0 if self._inside else time.perf_counter() - self._left
+
+    def give_up(self) -> None:
+        """To be told of a solver that is idle for too long."""
+        self.left_alone = True
+        self.refused = f"out of time: no product and no answer for {self.seconds:g} s"
 
     def _refuse(self, columns: int) -> None:
         budget = self.count.max_matvecs
         if budget is not None and self.matvecs + columns > budget:
             self.refused = f"budget spent: {budget:,} products"
-        elif time.perf_counter() - self._started > self._seconds:
-            self.refused = f"out of time: {self._seconds:g} s"
+        elif time.perf_counter() - self._started > self.seconds:
+            self.refused = f"out of time: {self.seconds:g} s"
         else:
             return
         self._refusals += 1

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from torchlinop.algorithms.trace_result import TraceResult
 from torchlinop.compare.comparison import Comparison, History
-from torchlinop.compare.estimates import Estimated, common, estimated, root_mean_square
 from torchlinop.compare.registry import Candidate, Wanted, trace_estimator
 from torchlinop.compare.request import TraceRequest
-from torchlinop.compare.rows import COSTS, Column, Row, small
+from torchlinop.compare.rows import COSTS, Column, Row, points_of, small
+from torchlinop.compare.runs import Run, common, run_of
 from torchlinop.compare.spread import UNKNOWN, Spread
 from torchlinop.compare.subject import Subject, Truth, subjects_of
 from torchlinop.compare.sweep import Measures, facts_of, seeds_of, sweep
@@ -88,38 +87,26 @@ def compare_traces(
         )
     subjects, numbers = subjects_of(problems, truth), seeds_of(seeds)
 
-    def runs(s: Subject, c: Candidate, budget: int) -> list[Estimated[tuple[float, float]]]:
+    def row(s: Subject, candidate: Candidate, budget: int) -> TraceRow:
         requests = [TraceRequest(budget, seed) for seed in numbers]
-        return [estimated(s, c, r, _number, budget=budget, seconds=seconds) for r in requests]
+        runs = [run_of(s, candidate, r, _number, budget=budget, seconds=seconds) for r in requests]
+        return row_of(s, candidate.name, runs)
 
     def measured(subject: Subject, candidate: Candidate) -> tuple[TraceRow, History | None]:
-        of_budget = partial(runs, subject, candidate)
-        whole = row_of(subject, candidate.name, of_budget(num_matvecs))
+        whole = row(subject, candidate, num_matvecs)
         if not histories or subject.eigenvalues is None or whole.failures:
             return whole, None
         budgets = sorted({num_matvecs // p for p in (8, 4, 2)} - set(range(_FEWEST)))
-        rows = [row_of(subject, candidate.name, of_budget(b)) for b in budgets]
-        return whole, _history(subject, candidate, [*rows, whole])
+        rows = [*(row(subject, candidate, budget) for budget in budgets), whole]
+        return whole, History.of(subject.name, candidate, points_of(rows))
 
-    def refused(problem: str, solver: str, why: str) -> TraceRow:
-        return TraceRow(problem, solver, seeds=1, failures=1, failure=why)
-
-    measures = Measures(measured, refused)
+    measures = Measures(measured, TraceRow)
     done = sweep(subjects, trace_estimator, estimators, measures, progress=progress)
-    return Comparison(
-        "of trace estimators",
-        "RMS error / Σ|λ|",
-        tuple(done.rows),
-        tuple(done.histories),
-        facts_of(subjects, f"tr A from at most {num_matvecs:,} products", numbers),
-        done.left_out,
-        math.nan,
-        NOTES,
-        tuple(done.warnings),
-    )
+    facts = facts_of(subjects, f"tr A from at most {num_matvecs:,} products", numbers)
+    return done.comparison("of trace estimators", "RMS error / Σ|λ|", facts, NOTES)
 
 
-def row_of(subject: Subject, name: str, runs: Sequence[Estimated[tuple[float, float]]]) -> TraceRow:
+def row_of(subject: Subject, name: str, runs: Sequence[Run[tuple[float, float]]]) -> TraceRow:
     """Errors of all seeds that gave an estimate."""
     found = [run.answer for run in runs if run.answer]
     exact, scale = _truth(subject)
@@ -162,6 +149,12 @@ def _bias(errors: list[float]) -> float:
     return float(E.mean()) / spread * len(errors) ** 0.5 if spread else math.nan
 
 
+def root_mean_square(values: Iterable[float]) -> float:
+    """NaN of nothing."""
+    squares = [v * v for v in values]
+    return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
+
+
 def _number(found: Any) -> tuple[float, float]:
     """An estimate and its standard error, NaN where none is given."""
     if isinstance(found, TraceResult):
@@ -176,18 +169,6 @@ def _number(found: Any) -> tuple[float, float]:
     if not math.isfinite(estimate):
         raise NonFiniteError(f"the estimate is {estimate}; look for it in the estimator")
     return estimate, stderr
-
-
-def _history(subject: Subject, candidate: Candidate, rows: Sequence[TraceRow]) -> History:
-    there = [row for row in rows if not row.failures]
-    return History(
-        subject.name,
-        candidate.name,
-        "budget",
-        tuple(int(row.products.median) for row in there),
-        tuple(row.seconds.median for row in there),
-        tuple(row.error for row in there),
-    )
 
 
 NOTES = (

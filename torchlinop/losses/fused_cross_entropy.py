@@ -176,7 +176,13 @@ def _compiled_or_eager(logits: Tensor, weights: Tensor) -> Product:
     return _or_eager("compile", _compiled, logits, weights)
 
 
+@functools.cache  # once a process
+def _log_choice(name: str, device: str) -> None:
+    log.info("products with the Hessian of cross-entropy on %s: %s", device, name)
+
+
 def _auto(logits: Tensor, weights: Tensor) -> Product:
+    _log_choice("triton" if logits.is_cuda else "eager", logits.device.type)
     if logits.is_cuda:
         return _or_eager("triton", _triton, logits, weights)
     return _eager(logits, weights)

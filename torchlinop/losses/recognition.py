@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from torchlinop.losses.elementwise import (
 )
 from torchlinop.losses.given import OfBatch, OfTargets, Targets, unchanged
 from torchlinop.losses.targets import targets_of
+
+log = logging.getLogger("torchlinop")
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,12 @@ def loss_of_output(loss: object) -> LossOfOutput:
     """
     if isinstance(loss, LossOfOutput):
         return loss
-    if _is_of_torch(loss):
+    if is_of_torch(loss):
         return criterion(loss)
     _refuse_uncallable(loss)
     _refuse_more_arguments(loss, "batch")
     kind = WithHvp if hasattr(loss, "hvp") else AutogradLoss
+    log.info("%r is differentiated by %s", loss, "its own hvp" if kind is WithHvp else "autograd")
     return kind(OfBatch(unchanged(loss)))
 
 
@@ -117,6 +121,7 @@ def criterion(loss: object, targets: Targets = targets_of) -> LossOfOutput:
             return known.ours(targets=targets, **options)
     _refuse_uncallable(loss)
     _refuse_more_arguments(loss, "targets")
+    log.info("%r is no loss known in closed form: it is differentiated by autograd", loss)
     return AutogradLoss(OfTargets(unchanged(loss), targets))
 
 
@@ -127,7 +132,7 @@ def _unwrapped(loss: object) -> tuple[object, Mapping[str, Any]]:
     return loss, {}
 
 
-def _is_of_torch(loss: object) -> bool:
+def is_of_torch(loss: object) -> bool:
     """Whether it is called with (outputs, targets), as torch's losses and their children are."""
     function, _ = _unwrapped(loss)
     return isinstance(function, _Loss) or getattr(function, "__module__", "") == F.__name__

@@ -120,7 +120,7 @@ def ggn_diagonal(
         return total
 
     return DiagonalOperator(
-        objective.mean(of_batch),
+        objective.mean(of_batch, objective.theta),
         layout=objective.layout,
         description=["diagonal of the GGN", *objective.description],
     )

@@ -31,7 +31,7 @@ from torchlinop.weighting import Weighting, sample_weights
 class TermMetric(Protocol):
     """``M = Σ_n ω_n g_n g_nᵀ`` on outputs, and ``Σ_n ω_n``."""
 
-    def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap: ...
+    def __call__(self, outputs: Tensor, batch: Batch, start: int) -> OutputMap: ...
     def total(self, outputs: Tensor, batch: Batch) -> Tensor: ...
 
 
@@ -93,7 +93,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
             with self.objective.evaluating(b, batch, self._outputs) as f, torch.no_grad():
                 return self._terms.total(f(self.objective.theta), batch).clone()
 
-        return float(self.objective.mean(term))
+        return float(self.objective.mean(term, self.objective.theta.new_zeros(())))
 
 
 Pieces = tuple[Objective, ForwardFn, TermMetric]
@@ -187,7 +187,7 @@ class TermGradients:
 
     loss: LossOfOutput
 
-    def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap:
+    def __call__(self, outputs: Tensor, batch: Batch, start: int) -> OutputMap:
         return self.loss.terms(outputs, batch).outer()
 
     def total(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -201,7 +201,7 @@ class Losses:
 
     weights: Callable[[Tensor, Batch], Tensor]  # (losses, batch) -> ω
 
-    def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap:
+    def __call__(self, outputs: Tensor, batch: Batch, start: int) -> OutputMap:
         weights = self.weights(outputs, batch)
         return lambda u: u.mul_(weights)
 

@@ -73,7 +73,7 @@ class FisherOperator(ObjectiveOperator):
         if mc_samples is not None:
             refuse_mixed_samples(objective, outputs)
             objective.data.refuse_reordering()
-            metric = MonteCarlo(loss, mc_samples, sampling_seed, objective.data.starts)
+            metric = MonteCarlo(loss, mc_samples, sampling_seed)
         work = GaussNewtonProducts(plan.derivative, outputs, metric)
         super().__init__(objective, work, plan, positive_semidefinite=True)
 
@@ -84,7 +84,7 @@ class Expectation:
 
     loss: LossOfOutput
 
-    def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap:
+    def __call__(self, outputs: Tensor, batch: Batch, start: int) -> OutputMap:
         return self.loss.fisher(outputs, batch)
 
 
@@ -95,10 +95,9 @@ class MonteCarlo:
     loss: LossOfOutput
     samples: int  # S
     seed: int
-    starts: tuple[int, ...]  # the number of the first sample of every batch
 
-    def draws(self, outputs: Tensor, batch: Batch, b: int) -> list[Terms]:
-        """The terms for every s."""
+    def draws(self, outputs: Tensor, batch: Batch, start: int) -> list[Terms]:
+        """The terms for every s, of samples numbered from ``start``."""
 
         def numbers(stream: int, shape: torch.Size) -> Tensor:
             # Outputs with several rows a sample, tokens say, are numbered within their sample.
@@ -110,7 +109,7 @@ class MonteCarlo:
                     "outputs with a sample axis, and mask by the targets"
                 )
             grouped = torch.Size((shape[0] // rows, rows, *shape[1:]))
-            drawn = uniform(grouped, self.seed, stream, self.starts[b], outputs.device)
+            drawn = uniform(grouped, self.seed, stream, start, outputs.device)
             return drawn.reshape(shape)
 
         return [
@@ -118,8 +117,8 @@ class MonteCarlo:
             for s in range(self.samples)
         ]
 
-    def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap:
-        maps = [terms.outer() for terms in self.draws(outputs, batch, b)]
+    def __call__(self, outputs: Tensor, batch: Batch, start: int) -> OutputMap:
+        maps = [terms.outer() for terms in self.draws(outputs, batch, start)]
 
         def product(u: Tensor) -> Tensor:
             total = maps[0](u.clone())

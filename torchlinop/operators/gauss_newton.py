@@ -24,7 +24,7 @@ LossHvp = Literal["analytical", "autograd"]
 
 _CONVEX = (CrossEntropy, ElementwiseLoss)  # in the outputs
 
-# (outputs, batch, number of the batch) -> u ↦ M u
+# (outputs, batch, number of its first sample among all) -> u ↦ M u
 Metric = Callable[[Tensor, Batch, int], OutputMap]
 
 
@@ -36,9 +36,9 @@ class GaussNewtonProducts:
     of: ForwardFn
     metric: Metric
 
-    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> LinearMap:
+    def __call__(self, f: Function, theta: Tensor, start: int, batch: Batch) -> LinearMap:
         local = self.derivative.linearize(f, theta)
-        M = self.metric(local.outputs, batch, b)
+        M = self.metric(local.outputs, batch, start)
         shape, push, pull = local.outputs.shape, local.push, local.pull
 
         def product(V: Tensor, *, last: bool = False) -> Tensor:
@@ -62,7 +62,7 @@ class LossHessian:
 
     loss: LossOfOutput
 
-    def __call__(self, outputs: Tensor, batch: Batch, b: int) -> OutputMap:
+    def __call__(self, outputs: Tensor, batch: Batch, start: int) -> OutputMap:
         return self.loss.hessian(outputs, batch)
 
 

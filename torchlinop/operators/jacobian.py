@@ -49,7 +49,7 @@ class _Linearization:
     of: _Outputs
     steps: tuple[Step, ...]
 
-    def __call__(self, f: Function, theta: Tensor, b: int, batch: Batch) -> Linearized:
+    def __call__(self, f: Function, theta: Tensor, start: int, batch: Batch) -> Linearized:
         local = self.derivative.linearize(f, theta)
         push, pull = (as_programs(A, self.steps) for A in (local.push, local.pull))
         return Linearized(local.outputs, push, pull)

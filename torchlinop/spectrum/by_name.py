@@ -86,7 +86,7 @@ def create_operator(  # noqa: PLR0917  # in the order that callers know
         _refuse_other_losses(operator_type, forward_fn, loss_of_output_fn)
         of_model = _of_model_and_batch(loss_fn, operator_type, model, batch, options)
         return _OF_MODEL[operator_type](model, [batch], of_model, **options)
-    forward, loss = _pieces(model, batch, forward_fn, loss_of_output_fn)
+    forward, loss = pieces_for(model, batch, forward_fn, loss_of_output_fn)
     return _OF_OUTPUTS[operator_type](model, [batch], forward, loss, **options)
 
 
@@ -121,7 +121,7 @@ _OF_OUTPUTS: Mapping[str, Callable[..., CurvatureOperator]] = {
 _ALIGNED = ("ForMaskedLM", "ForTokenClassification")
 
 
-def _pieces(
+def pieces_for(
     model: nn.Module, batch: Batch, forward_fn: ForwardFn | None, loss: Any
 ) -> tuple[ForwardFn, LossOfOutput]:
     """The forward function and the loss of outputs: those given, or those that fit the batch."""

@@ -274,13 +274,13 @@ def collect(
                 tape.refuse_other_axes()
                 for observer in observers:
                     observer.see_inputs(tape)
-                for V in vectors(tape, batch, b):
+                for V in vectors(tape, batch, objective.data.starts[b]):
                     _refuse_nonfinite(V, b)
                     gradients = tape.gradients(V)
                     for observer in observers:
                         observer.see_gradients(tape, V, gradients, share)
     with closing(objective.data.silent()) as silent:  # type: ignore[type-var]  # a generator
-        for b, batch in enumerate(silent, start=objective.data.batches):
+        for b, batch in enumerate(silent, start=objective.data.own.batches):
             with recorded(objective, b, batch, layers) as tape:
                 tape.refuse_other_axes()
                 for observer in observers:

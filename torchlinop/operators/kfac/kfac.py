@@ -190,7 +190,7 @@ def _vectors(fisher_type: FisherType, objective: OutputObjective, draws: int, se
             return HessianRoot(loss)
         case "mc":
             objective.data.refuse_reordering()
-            return sampled_gradients(loss, draws, seed, objective.data.starts)
+            return sampled_gradients(loss, draws, seed)
         case "empirical":
             return TermGradients(loss)
         case "forward-only":

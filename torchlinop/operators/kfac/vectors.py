@@ -16,7 +16,7 @@ from torchlinop.operators.kfac.tape import Tape
 
 FisherType = Literal["type-2", "mc", "empirical", "forward-only"]
 
-# (what went through the model, the batch, its number) -> vectors (k, *outputs.shape), some at a
+# (what went through the model, the batch, the number of its first sample) -> vectors (k, *outputs.shape), some at a
 # time, each of which holds one loss term of every sample.
 Vectors = Callable[[Tape, Batch, int], Iterator[Tensor]]
 
@@ -33,7 +33,7 @@ class HessianRoot:
 
     loss: LossOfOutput
 
-    def __call__(self, tape: Tape, batch: Batch, b: int) -> Iterator[Tensor]:
+    def __call__(self, tape: Tape, batch: Batch, start: int) -> Iterator[Tensor]:
         outputs = tape.outputs.detach()
         dims = self.loss.terms(outputs, batch).dims
         return _one_term_at_a_time(self.loss.root(outputs, batch), dims, tape)
@@ -45,7 +45,7 @@ class TermGradients:
 
     loss: LossOfOutput
 
-    def __call__(self, tape: Tape, batch: Batch, b: int) -> Iterator[Tensor]:
+    def __call__(self, tape: Tape, batch: Batch, start: int) -> Iterator[Tensor]:
         return _of_terms(self.loss.terms(tape.outputs.detach(), batch), tape)
 
 
@@ -55,28 +55,26 @@ class SampledGradients:
 
     sampled: MonteCarlo
 
-    def __call__(self, tape: Tape, batch: Batch, b: int) -> Iterator[Tensor]:
-        for terms in self.sampled.draws(tape.outputs.detach(), batch, b):
+    def __call__(self, tape: Tape, batch: Batch, start: int) -> Iterator[Tensor]:
+        for terms in self.sampled.draws(tape.outputs.detach(), batch, start):
             yield from _of_terms(replace(terms, weights=terms.weights / self.sampled.samples), tape)
 
 
-def sampled_gradients(
-    loss: LossOfOutput, draws: int, seed: int, starts: tuple[int, ...]
-) -> SampledGradients:
-    """With ``draws`` targets for every term; ``starts`` number the first samples of batches.
+def sampled_gradients(loss: LossOfOutput, draws: int, seed: int) -> SampledGradients:
+    """With ``draws`` targets for every term.
 
     Raises:
         OptionError: the loss is the negative log-likelihood of no distribution known here.
     """
     loss.refuse_unless_likelihood()
-    return SampledGradients(MonteCarlo(loss, draws, seed, starts))
+    return SampledGradients(MonteCarlo(loss, draws, seed))
 
 
 @dataclass(frozen=True)
 class NoVectors:
     """For "forward-only", where the factor of the gradients is the identity."""
 
-    def __call__(self, tape: Tape, batch: Batch, b: int) -> Iterator[Tensor]:
+    def __call__(self, tape: Tape, batch: Batch, start: int) -> Iterator[Tensor]:
         return iter(())
 
 

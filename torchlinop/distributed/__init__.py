@@ -1,0 +1,1 @@
+"""Vectors, products and solvers over the ranks of a process group."""

@@ -1,0 +1,49 @@
+"""The part of one tensor that a rank holds: in every dimension, some of the indices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Ranges = tuple[tuple[int, int], ...]  # (start, stop), ascending
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries of a tensor of this shape, which begins at ``offset`` in the global flat vector.
+
+    ``held[d]`` says which indices in dimension d: the piece is their product, row-major, so that
+    its entries are in the order of the global vector.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    held: tuple[Ranges, ...]
+
+    @classmethod
+    def whole(cls, offset: int, shape: tuple[int, ...]) -> Piece:
+        """All entries."""
+        return cls(offset, tuple(shape), tuple(((0, m),) for m in shape))
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.held)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.local_shape)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Where its entries ``start`` to ``stop`` are in the global vector, int64."""
+        position = torch.arange(start, stop)
+        total = torch.full_like(position, self.offset)
+        stride = 1
+        for m, ranges in zip(reversed(self.shape), reversed(self.held), strict=True):
+            index = torch.cat([torch.arange(*r) for r in ranges])
+            total += stride * index[position % len(index)]
+            position //= len(index)
+            stride *= m
+        return total

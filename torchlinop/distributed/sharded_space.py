@@ -1,0 +1,120 @@
+"""Vectors in pieces on the ranks of a process group, and their inner products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchlinop.distributed.piece import Piece
+from torchlinop.errors import VectorError
+from torchlinop.random_column import CHUNK, RandomColumn
+from torchlinop.space import VectorSpace
+
+# Squares of norms beyond these limits leave the range of float64.
+_LARGE, _SMALL = 1e140, 1e-140
+
+
+@dataclass(frozen=True)
+class ShardedSpace(VectorSpace):
+    """Vectors of ``size`` entries, of which each rank holds the pieces that it says here.
+
+    A block on a rank is ``(local_size, k)``: its pieces one after the other. Several ranks may
+    hold an entry; the first ``owned`` rows are those that this rank counts in a sum, and every
+    entry is owned by one rank. Small results are on all ranks, the same bit by bit: an inner
+    product of blocks, or the norms of a block, are one all-reduce of the result.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    owned: int = 0
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def local_size(self) -> int:
+        return sum(piece.numel for piece in self.pieces)
+
+    def own(self, X: Tensor) -> Tensor:
+        return X[: self.owned]
+
+    def inner(self, X: Tensor, Y: Tensor) -> Tensor:
+        return self.summed(super().inner(self.own(X), self.own(Y)))
+
+    def norm(self, v: Tensor) -> Tensor:
+        local = super().norm(self.own(v))
+        large, small = local > _LARGE, local < _SMALL
+        parts = [local.masked_fill(~large, 0) * _SMALL, local.masked_fill(~small, 0) * _LARGE]
+        between = local.masked_fill(large | small, 0)
+        lengths = self.summed(torch.stack([between, *parts]).square()).sqrt()
+        return lengths[0].hypot(lengths[1] * _LARGE).hypot(lengths[2] * _SMALL)
+
+    def summed(self, small: Tensor) -> Tensor:
+        return self._reduced(small, dist.ReduceOp.SUM)
+
+    def largest(self, small: Tensor) -> Tensor:
+        # A maximum may lose NaN, and so does no sum; an infinity is as good a sign of it.
+        return self._reduced(small.nan_to_num(math.inf, math.inf, -math.inf), dist.ReduceOp.MAX)
+
+    def agree(self, flag: bool) -> bool:
+        said = torch.tensor(float(flag), device=self.device)
+        return bool(self._reduced(said, dist.ReduceOp.MAX))
+
+    def _reduced(self, small: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        # On the device of the vectors, as the group may know no other.
+        total = small.to(self.device, copy=True).contiguous()
+        dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, how, self.group)
+        return total.to(small.device)
+
+    def _fill(self, v: Tensor, entries: RandomColumn) -> Tensor:
+        for start, indices in self.indices():
+            v[start : start + len(indices)] = entries.at(indices)
+        return v
+
+    def indices(self) -> Iterator[tuple[int, Tensor]]:
+        """Local rows from ``start`` on, and where they are in the global vector: part by part."""
+        offset = 0
+        for piece in self.pieces:
+            for start in range(0, piece.numel, CHUNK):
+                yield offset + start, piece.indices(start, min(start + CHUNK, piece.numel))
+            offset += piece.numel
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """The rows of a vector (n,) or block (n, k) that this rank holds: no communication."""
+        self._refuse(whole, self.size)
+        local = whole.new_empty(self.local_size, *whole.shape[1:])
+        for start, indices in self.indices():
+            local[start : start + len(indices)] = whole[indices.to(whole.device)]
+        return local
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The whole vector (n,) or block (n, k), on every rank: one all-reduce of its size."""
+        self._refuse(local, self.local_size)
+        whole = local.new_zeros(self.size, *local.shape[1:])
+        for start, indices in self.indices():
+            part = self.own(local)[start : start + len(indices)]
+            whole[indices[: len(part)].to(local.device)] = part
+        return self.summed(whole)
+
+    def _refuse(self, v: Tensor, rows: int) -> None:
+        if len(v) != rows:
+            raise VectorError(
+                f"expected {rows:,} rows (this rank holds {self.local_size:,} of {self.size:,}), "
+                f"got {tuple(v.shape)}; pass a vector or a block with as many"
+            )
+
+
+def split_over(
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> ShardedSpace:
+    """Vectors split evenly over the ranks of a group, in order: the last ranks may have less."""
+    rows = -(-size // dist.get_world_size(group))
+    start = min(size, rows * dist.get_rank(group))
+    stop = min(size, start + rows)
+    piece = Piece(0, (size,), (((start, stop),),))
+    return ShardedSpace(size, dtype, device, (piece,), stop - start, group)
