@@ -45,7 +45,7 @@ exclude_patterns = ["_build", "_extensions", "_templates", "gallery/*.ipynb", "g
 templates_path = ["_templates"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 highlight_language = "python"
-suppress_warnings = ["config.cache"]  # functions in sphinx_gallery_conf cannot be pickled
+suppress_warnings = ["config.cache", "toc.empty_glob"]  # functions in sphinx_gallery_conf cannot be pickled
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
@@ -67,8 +67,8 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True  # fields are listed with their class, and are no entries of their own
-napoleon_custom_sections = [("Source", "References")]
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Fields", "params_style")]  # of dataclasses, by plain_docstrings
 
 # An example that needs more than a CPU and a single process is shown, and not executed.
 NOT_EXECUTED = ("10_", "13_", "14_")
@@ -104,7 +104,6 @@ html_theme_options = {
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
-    "show_nav_level": 2,
     "header_links_before_dropdown": 6,
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -52,6 +52,7 @@ for shift, method in zip((0.94, 1.0, 1.06), ("hutchinson", "hutch++", "xtrace"),
     ax.errorbar(x, y, [2 * float(r.stderr) for r in runs], fmt="o", capsize=3, label=method)
 ax.axhline(float(dense.trace()), color="k", lw=0.8, label="dense")
 ax.set(xscale="log", xlabel="products", ylabel="trace ± two standard errors")
+ax.minorticks_off()
 ax.set_xticks([16, 32, 64, 128], ["16", "32", "64", "128"])
 ax.legend()
 plt.show()

@@ -11,6 +11,7 @@ import sys
 import torch
 
 from torchlinop import HessianOperator, spectral_density
+from torchlinop.algorithms.spectral_density import smoothed
 from torchlinop.demo import digits_mlp
 from torchlinop.testing.oracles import dense_hessian
 
@@ -53,11 +54,14 @@ print(f"negative: {float((exact < -1e-10).double().mean()):.2%} of the eigenvalu
 import matplotlib.pyplot as plt
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-result.plot(left)
-left.set_title("nine outliers, for ten classes")
+smoothed(quadrature, sigma=0.02).plot(left)
+top = exact[-9:]
+left.plot(top, torch.full_like(top, 1.0), "v", color="C1", label="dense: the nine largest of 1,810")
+left.set_title("ten classes: a bulk, and nine outliers")
+left.legend()
 for density, label in ((above, "λ > 0"), (below, "λ < 0")):
     right.loglog(10**exponents, density.clamp_min(1e-4), label=label)
-right.set(xlabel="|λ|", ylabel="fraction of eigenvalues per decade", title="the bulk")
+right.set(xlabel="|λ|", ylabel="fraction of eigenvalues per decade", title="the bulk, by sign")
 right.legend()
 if len(sys.argv) > 1:
     figure.savefig(sys.argv[1], dpi=110)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -11,11 +12,22 @@ import pytest
 import torchlinop
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+GENERATED = {"_build", "gallery", "generated"}
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for p in DOCS.rglob("*.md") if not GENERATED & set(p.relative_to(DOCS).parts)),
+]
 MODULES = [m.name for m in pkgutil.walk_packages(torchlinop.__path__, "torchlinop.")]
+PUBLIC = [m for m in MODULES if m.count(".") == 1] + ["torchlinop"]
+NOT_FOR_READERS = {"torchlinop.__main__", "torchlinop.demo", "torchlinop.bench"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def pages(function):
+    return pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))(function)
+
+
+@pages
 def test_code_blocks_run(page, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     namespace = {}
@@ -25,10 +37,11 @@ def test_code_blocks_run(page, capsys):
     assert namespace or not any("import" in block for block in blocks)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pages
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert [t for t in targets if not (page.parent / t).exists()] == []
+    built = {"gallery/index.rst"}  # from the examples, with the site
+    assert [t for t in targets if not (page.parent / t).exists() and t not in built] == []
     assert page.stat().st_size > 0
 
 
@@ -44,6 +57,31 @@ def test_every_module_says_its_idea_in_its_first_line(name):
     doc = importlib.import_module(name).__doc__
     assert doc
     assert doc.splitlines()[0].strip()
+
+
+def exported(name):
+    """The names of ``__all__``, and the classes of torchlinop.errors."""
+    module = importlib.import_module(name)
+    if name == "torchlinop.errors":
+        return [n for n, _ in inspect.getmembers(module, inspect.isclass) if n[0] != "_"]
+    return getattr(module, "__all__", [])
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - NOT_FOR_READERS))
+def test_every_public_name_is_in_the_reference(name):
+    listed = set()
+    for page in (DOCS / "reference").glob("*.rst"):
+        listed |= set(re.findall(r"^   (\w+)$", page.read_text(), re.MULTILINE))
+    assert [n for n in exported(name) if n not in listed] == []
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_every_example_has_a_title_and_says_what_it_shows(example):
+    doc = inspect.cleandoc(re.match(r'"""(.*?)"""', example.read_text(), re.DOTALL)[1])
+    title, line, *_ = doc.splitlines()
+    assert re.fullmatch("=+", line)
+    assert len(line) == len(title)
+    assert len(doc.splitlines()) > 3
 
 
 def test_the_first_line_of_the_readme_block_is_the_main_sentence():

@@ -70,7 +70,7 @@ def objective_from_model(
         NoParametersError, ParameterError, OptionError, DataError, LossShapeError.
     """
     refuse_bad_seed("seed", seed)
-    _refuse_bad_options(num_batches, microbatch_size, weight, weighting)
+    refuse_bad_options(num_batches, microbatch_size, weight, weighting)
     known: Weighting | None = getattr(loss_fn, "weighting", None)
     with torch.inference_mode(False):  # what is copied will enter graphs
         module = unwrap(model)
@@ -186,7 +186,7 @@ def _refuse_below(name: str, number: object, least: int) -> None:
         )
 
 
-def _refuse_bad_options(
+def refuse_bad_options(
     num_batches: int | None,
     microbatch_size: int | None,
     weight: object,

@@ -23,7 +23,7 @@ Mode = Literal["eval", "train"]
 
 # Attention kernels, compiler stance and random states belong to the process, and models may
 # share modules: one evaluation at a time.
-_borrowing = threading.RLock()
+borrowing = threading.RLock()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -82,9 +82,9 @@ class BorrowedModel:
         with them during a backward pass.
         """
         with ExitStack() as stack:
-            stack.enter_context(_borrowing)
+            stack.enter_context(borrowing)
             stack.enter_context(given_back(self.module))
-            stack.enter_context(_twice_differentiable(self.module, self.device))
+            stack.enter_context(twice_differentiable(self.module, self.device))
             stack.enter_context(preserved_random_state(self.device))
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
             self._key = int(key[0])
@@ -106,6 +106,11 @@ class BorrowedModel:
             prefix, _, key = name.rpartition(".")
             self.module.get_submodule(prefix)._buffers[key] = buffer.clone()
         return self.module
+
+    def held(self) -> dict[str, Tensor]:
+        """What the model is evaluated with besides θ: other parameters, and buffers, by name."""
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        return {**parameters, **self._others, **self._buffers}
 
     def describe(self) -> str:
         """What depends on the mode, and the kernels chosen."""
@@ -191,7 +196,7 @@ def _containers(attributes: dict[str, Any]) -> list[Any]:
 
 
 @contextmanager
-def _twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
+def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Kernels that have second derivatives, in the precision the model was written in."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

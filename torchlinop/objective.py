@@ -18,7 +18,7 @@ from torchlinop.errors import LossShapeError
 from torchlinop.model_state import BorrowedModel
 from torchlinop.parameters import ParameterLayout
 from torchlinop.progress import batches_shown
-from torchlinop.ranks import OneProcess, Ranks
+from torchlinop.ranks import ALONE, Ranks
 from torchlinop.space import VectorSpace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -34,7 +34,7 @@ class Objective:
     theta: Tensor  # (n,), a copy: the user may go on training
     space: VectorSpace
     data: WeightedData
-    ranks: Ranks = OneProcess()  # that have the data between them
+    ranks: Ranks = ALONE  # that have the data between them
 
     @property
     def description(self) -> list[str]:

@@ -22,6 +22,8 @@ class Ranks(Protocol):
 
     @property
     def name(self) -> str: ...  # for people; empty for one process
+    @property
+    def number(self) -> int: ...  # of this one, from 0
     def agreed(self) -> AbstractContextManager[None]: ...  # errors inside are raised by all
     def gathered(self, mine: T) -> list[T]: ...  # small things, in the order of the ranks
     def space(self, space: VectorSpace) -> VectorSpace: ...  # whose vectors all of them hold
@@ -39,6 +41,7 @@ class OneProcess:
     """It has all data."""
 
     name: str = ""
+    number: int = 0
 
     def agreed(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -51,3 +54,6 @@ class OneProcess:
 
     def sum(self, compute: Callable[[], Tensor], given: Tensor) -> Tensor:
         return compute()
+
+
+ALONE = OneProcess()

@@ -34,35 +34,58 @@ class VectorSpace:
         """How many entries of a vector this process holds: rows of a block, in memory."""
         return self.size
 
+    @property
+    def whole(self) -> bool:
+        """Whether this process holds all entries, in their order."""
+        return True
+
     def summed(self, small: Tensor) -> Tensor:
         """What every process has of a sum over the rows that are its own, added up."""
         return small
-
-    def largest(self, small: Tensor) -> Tensor:
-        """The largest number that any process has, entry by entry; NaN if one has it."""
-        return small
-
-    def own(self, X: Tensor) -> Tensor:
-        """The rows of a block that this process counts in a sum: none is counted by two."""
-        return X
 
     def agree(self, flag: bool) -> bool:
         """Whether any process says so. Clocks and memory differ, but all have to stop together."""
         return flag
 
+    def least(self, number: float) -> float:
+        """The least number that any process has."""
+        return number
+
+    def largest_entry(self, X: Tensor) -> Tensor:
+        """``max |x_ij|`` (); NaN or infinite if an entry is."""
+        largest: Tensor = torch.linalg.vector_norm(X, torch.inf)
+        return largest
+
+    def unit_vectors(self, start: int, stop: int) -> Tensor:
+        """Columns ``start`` to ``stop`` of the identity (n, stop - start)."""
+        E = torch.zeros(self.size, stop - start, dtype=self.dtype, device=self.device)
+        E[start:stop].fill_diagonal_(1)
+        return self.scatter(E)
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """The rows that this process holds of a whole vector (n,) or block (n, k)."""
+        return whole
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The whole vector (n,) or block (n, k), on every process."""
+        return local
+
+    def share_of_inner(self, X: Tensor, Y: Tensor) -> Tensor:
+        """What this process adds to ``inner``; several of them are ``summed`` at once."""
+        return self.inner(X, Y)
+
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """``Xᴴ Y`` of blocks (n, k) and (n, m): a (k, m) tensor, in double precision.
 
-        The only method that a sharded space lets communicate, with ``norm``.
+        On shards, this and ``norm`` communicate, and what its documentation says so of.
         """
         X, Y = _single(X), _single(Y)
         wide = torch.promote_types(X.dtype, torch.float64)
         if not _piecewise(X):
             return torch.matmul(X.mH, Y).to(wide)
         if Y.shape[1] == 1 and X.shape[1] > _FEW:
-            pieces = zip(X.split(_LONG_PIECE), Y.split(_LONG_PIECE), strict=True)
-            sums = torch.stack([torch.matmul(x.mH, y) for x, y in pieces])
-            return sums.sum(0, dtype=wide)
+            pieces = zip(X.mH.split(_LONG_PIECE, 1), Y.split(_LONG_PIECE), strict=True)
+            return torch.stack([torch.mm(x, y) for x, y in pieces]).sum(0, dtype=wide)
         parts = zip(_pieces(X), _pieces(Y), strict=True)
         return torch.cat([torch.matmul(x.mH, y) for x, y in parts]).sum(0, dtype=wide)
 

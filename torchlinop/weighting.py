@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Weighting:
     unit: str  # "samples", "unmasked labels", ..., for people
     mean: bool = True
     marks: Marks | None = None  # what the samples count, all at once: their marks summed
+    measured: bool = field(default=False, compare=False)  # by the losses of parts of batches
 
 
 def samples(batch: Batch) -> Tensor | None:
@@ -143,12 +144,23 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = F
         WeightingError: no rule fits, or several do that weigh the batches differently.
         NonFiniteError: the loss is NaN or infinite.
     """
-    counts = [[rule.count(batch) for batch in batches] for rule in RULES]
-    possible = [r for r, c in zip(RULES, counts, strict=True) if sum(c) > 0]  # not NaN
+    possible = _possible(batches)
     if len(batches) == 1 and not of_samples:
-        return possible[0] if possible else BATCH_MEAN
+        return replace(possible[0] if possible else BATCH_MEAN, measured=True)
+    return replace(explaining(batches, loss, of_samples=of_samples)[0], measured=True)
+
+
+def explaining(
+    batches: Sequence[Batch], loss: Loss, *, of_samples: bool = False
+) -> list[Weighting]:
+    """The rules that pass: all of them give these batches the same shares.
+
+    Raises:
+        WeightingError, NonFiniteError: as ``find_weighting``.
+    """
+    possible = _possible(batches)
     if not possible:
-        raise WeightingError(_unknown(batches, "their samples cannot be counted"))
+        raise WeightingError(unknown_weights(batches, "their samples cannot be counted"))
     noise = _noise(batches, loss)
     try:
         alive = _survivors([*possible, SUM], _trials(batches, _ROWS), batches, loss, noise)
@@ -163,8 +175,15 @@ def find_weighting(batches: Sequence[Batch], loss: Loss, *, of_samples: bool = F
         alive = _survivors(alive, _trials(batches, None), batches, loss, noise)
     if not _agree(alive, batches, of_samples):
         units = ", ".join(rule.unit if rule.mean else "sum" for rule in alive)
-        raise WeightingError(_unknown(batches, f"{units} all explain the loss of their parts"))
-    return alive[0]
+        raise WeightingError(
+            unknown_weights(batches, f"{units} all explain the loss of their parts")
+        )
+    return alive
+
+
+def _possible(batches: Sequence[Batch]) -> list[Weighting]:
+    counts = [[rule.count(batch) for batch in batches] for rule in RULES]
+    return [r for r, c in zip(RULES, counts, strict=True) if sum(c) > 0]  # not NaN
 
 
 def _survivors(
@@ -183,7 +202,9 @@ def _survivors(
                 f"{float(losses[0])}; clean the data, or the parameters"
             )
         if not rules:
-            raise WeightingError(_unknown(batches, "no count explains the loss of their parts"))
+            raise WeightingError(
+                unknown_weights(batches, "no count explains the loss of their parts")
+            )
     return rules
 
 
@@ -194,7 +215,7 @@ def _losses(parts: Sequence[Batch], batches: Sequence[Batch], loss: Loss) -> lis
     except Exception as error:
         loss(batches[0])
         reason = f"the loss of a part of a batch failed ({error})"
-        raise WeightingError(_unknown(batches, reason)) from error
+        raise WeightingError(unknown_weights(batches, reason)) from error
 
 
 def _explains(rule: Weighting, trial: Trial, losses: Sequence[Tensor], noise: float) -> bool:
@@ -221,7 +242,7 @@ def _noise(batches: Sequence[Batch], loss: Loss) -> float:
     """
     noise = 0.0
     for index in _probed(batches):
-        once = _head(batches[index], _ROWS)
+        once = head(batches[index], _ROWS)
         twice = join(once, once)
         if twice is not None:
             single, double = map(float, _losses((once, twice), batches, loss))
@@ -240,18 +261,19 @@ def _probed(batches: Sequence[Batch]) -> list[int]:
 def _trials(batches: Sequence[Batch], rows: int | None) -> Iterator[Trial]:
     """Batches cut in two, and neighbours joined; at most ``rows`` samples of each."""
     for index in _probed(batches):
-        a = _head(batches[index], rows)
+        a = head(batches[index], rows)
         number = count_samples(a) or 0
         if number > 1 and can_be_cut(a):
             third = max(1, number // 3)
             yield a, take(a, 0, third), take(a, third, number)
-        b = _head(batches[(index + 1) % len(batches)], rows)
+        b = head(batches[(index + 1) % len(batches)], rows)
         whole = join(a, b)
         if whole is not None:
             yield whole, a, b
 
 
-def _head(batch: Batch, rows: int | None) -> Batch:
+def head(batch: Batch, rows: int | None = _ROWS) -> Batch:
+    """The first samples, if the batch can be cut."""
     number = count_samples(batch)
     if rows is None or number is None or number <= rows or not can_be_cut(batch):
         return batch
@@ -271,7 +293,8 @@ def _agree(rules: Sequence[Weighting], batches: Sequence[Batch], of_samples: boo
     return same and len({rule.mean for rule in rules}) == 1
 
 
-def _unknown(batches: Sequence[Batch], reason: str) -> str:
+def unknown_weights(batches: Sequence[Batch], reason: str) -> str:
+    """What to say of batches whose weights cannot be found."""
     sizes = [count_samples(batch) for batch in batches[:8]]
     more = ", ..." if len(batches) > 8 else ""
     return (

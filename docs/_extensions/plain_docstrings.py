@@ -13,9 +13,11 @@ from typing import Any, is_typeddict
 
 from sphinx.application import Sphinx
 
+from torchlinop.algorithms.result import Result
+
 _CODE = re.compile(r"(``.+?``|:\w+:`[^`]*`)")  # what is marked up already
 _SPECIAL = re.compile(r"(?<!\\)([|*])")
-_FIELD = re.compile(r"    (\w+): [^#]+?(?:  # (.+))?")
+_FIELD = re.compile(r"    (\w+): ([^#=]+?)(?: = [^#]+?)?(?:  # (.+))?")
 _COMMENT = re.compile(r"    # (.+)")
 
 
@@ -25,8 +27,8 @@ def plain(line: str) -> str:
     return "".join(p if _CODE.fullmatch(p) else _SPECIAL.sub(r"\\\1", p) for p in parts)
 
 
-def comments_of(cls: type) -> dict[str, str]:
-    """The comments of the fields that the source of one class has."""
+def fields_of(cls: type) -> dict[str, str]:
+    """A line for each field in the source of one class, with its type and its comment."""
     found: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(cls).splitlines():
@@ -34,21 +36,22 @@ def comments_of(cls: type) -> dict[str, str]:
             above.append(comment[1])
             continue
         if field := _FIELD.fullmatch(line):
-            found[field[1]] = field[2] or " ".join(above)
+            name, kind, beside = field.groups()
+            found[name] = f"    {name} ({kind}): {plain(beside or ' '.join(above))}"
         above = []
     return found
 
 
-def explained_fields(cls: type) -> dict[str, str]:
-    """Fields and their comments, its own and those it inherits."""
+def explained_fields(cls: type) -> list[str]:
+    """A line for each public field, its own and those it inherits."""
     if is_typeddict(cls):
-        return {name: comments_of(cls).get(name, "") for name in vars(cls)["__annotations__"]}
-    comments: dict[str, str] = {}
+        return [*fields_of(cls).values()]
+    lines: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if "__dataclass_fields__" in vars(base):
-            comments |= comments_of(base)
+            lines |= fields_of(base)
     names = [field.name for field in dataclasses.fields(cls)]
-    return {name: comments.get(name, "") for name in names if not name.startswith("_")}
+    return [lines[name] for name in names if name in lines and not name.startswith("_")]
 
 
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -56,10 +59,14 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = [line if line.lstrip().startswith(">>>") else plain(line) for line in lines]
     has_fields = what == "class" and (dataclasses.is_dataclass(obj) or is_typeddict(obj))
     if has_fields and "Attributes:" not in map(str.strip, lines):
-        fields = explained_fields(obj)
-        if fields:
-            lines += ["", "Attributes:"]
-            lines += [f"    {field}: {plain(comment)}" for field, comment in fields.items()]
+        lines += ["", "Fields:", *explained_fields(obj)]
+
+
+def signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, args: str, returns: str
+) -> tuple[str, str] | None:
+    """Results are not made by their readers: the list of fields is enough."""
+    return ("", "") if what == "class" and issubclass(obj, Result) else None
 
 
 def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
@@ -71,5 +78,6 @@ def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: An
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", process, priority=400)  # napoleon's is 500
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

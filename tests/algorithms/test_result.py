@@ -1,5 +1,6 @@
 """What is saved is what is loaded."""
 
+import json
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop import EigenResult, MatrixOperator, ParameterLayout, lanczos
-from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.result import Result, load_result
 from torchlinop.errors import OptionError
 from torchlinop.tensor_file import read, write
 
@@ -158,7 +159,7 @@ def of_a_later_format(tensors, header):
         (with_a_tensor_too_many, "damaged or incomplete .*'more'"),
         (without_fields, "damaged or incomplete .*'fields'"),
         (with_a_dtype_that_is_none, "damaged or incomplete .*'load' is no dtype"),
-        (of_a_later_format, "expected a Answer of format 1 in .*, got a Answer of format 2"),
+        (of_a_later_format, "a newer version, in format 2, .* pip install --upgrade torchlinop"),
     ],
 )
 def test_a_changed_file_is_refused(change, message, tmp_path):
@@ -167,6 +168,31 @@ def test_a_changed_file_is_refused(change, message, tmp_path):
     write(path, *change(*read(path, "cpu")))
     with pytest.raises(OptionError, match=message):
         Answer.load(path)
+    with pytest.raises(OptionError, match=message):
+        load_result(path)
+
+
+def test_any_result_is_loaded_as_the_class_that_saved_it(tmp_path):
+    path = tmp_path / "a.safetensors"
+    ANSWER.save(path)
+    loaded = load_result(path)
+    assert type(loaded) is Answer
+    assert str(loaded.to_dict()) == str(ANSWER.to_dict())
+
+
+def test_a_file_of_something_else_is_no_result(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write(path, {}, {"kind": "checkpoint", "of": {}})
+    with pytest.raises(OptionError, match=r"expected a saved result in .*, got a checkpoint; pass"):
+        load_result(path)
+
+
+def test_a_dictionary_has_numbers_and_columns_as_json_has_them():
+    found = json.loads(json.dumps(ANSWER.to_dict()))
+    assert found["result"] == "Answer"
+    assert (found["dtype"], found["warnings"]) == ("bfloat16", ["slow", "noisy"])
+    assert found["values"][0] == 2.0
+    assert "coarse" not in found
 
 
 def torch_pickle(path):

@@ -18,8 +18,8 @@ def hessian_of(model):
     return HessianOperator(model, [HELD], hf_lm_loss())
 
 
-def watch_every(steps, measures=(TopEigenvalues(1),)):
-    return CurvatureWatch(hessian_of, measures, every=steps)
+def watch_every(steps, *measures):
+    return CurvatureWatch(hessian_of, measures or [TopEigenvalues(1)], every=steps)
 
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch):
@@ -71,7 +71,7 @@ def trained(tmp_path):
         arguments = TrainingArguments(
             tmp_path / str(watch is None), use_cpu=True, seed=3, max_steps=6, save_strategy="no",
             per_device_train_batch_size=4, logging_steps=2, learning_rate=1e-2,
-            disable_tqdm=True, report_to=[], **options,
+            disable_tqdm=True, **{"report_to": []} | options,
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in TOKENS]
         trainer = Trainer(tiny_gpt2(), arguments, train_dataset=data)
@@ -94,7 +94,7 @@ def without_times(history):
 @pytest.mark.parametrize("every", [1, 2])
 def test_training_is_bit_identical_with_and_without(trained, every):
     plain, plain_random = trained()
-    watch = watch_every(every, [TopEigenvalues(1), Trace(4)])
+    watch = watch_every(every, TopEigenvalues(1), Trace(4))
     watched, watched_random = trained(watch)
     weights = zip(plain.model.parameters(), watched.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
@@ -109,20 +109,19 @@ def test_training_is_bit_identical_with_and_without(trained, every):
 
 @pytest.mark.filterwarnings("ignore")
 def test_numbers_are_those_of_the_model_in_full_precision_where_it_trains_in_bfloat16(trained):
-    watch = watch_every(6, [Trace(4)])
+    watch = watch_every(6, Trace(4))
     trainer, _ = trained(watch, bf16=True)
     model = tiny_gpt2()
     model.load_state_dict(trainer.model.state_dict())
-    alone = watch_every(6, [Trace(4)])(6, model)
+    alone = watch_every(6, Trace(4))(6, model)
     assert watch.scalars()["curvature/trace"] == alone["curvature/trace"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tensorboard_gets_the_numbers(trained, tmp_path):
+def test_tensorboard_gets_the_numbers(trained, tmp_path, monkeypatch):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = tmp_path / "board"
-    watch = watch_every(3)
-    trainer, _ = trained(watch, logging_dir=folder)
-    events = tensorboard.EventAccumulator(str(folder))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trained(watch_every(3), report_to=["tensorboard"])
+    events = tensorboard.EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/curvature/eigenvalue_1")] == [0, 3, 6]

@@ -74,15 +74,11 @@ def trained(tmp_path):
 def test_training_is_bit_identical_with_and_without(trained):
     plain, _, plain_random = trained()
     watch = CurvatureWatch(hessian_of, [TopEigenvalues(1), Trace(8)], every=3)
-    watched, trainer, watched_random = trained(lightning_callback(watch))
+    watched, _, watched_random = trained(lightning_callback(watch))
     assert all(map(torch.equal, plain.state_dict().values(), watched.state_dict().values()))
     assert torch.equal(torch.stack(plain.losses), torch.stack(watched.losses))
     assert torch.equal(plain_random, watched_random)
     assert [row["step"] for row in watch.history] == [0, 3, 6]
-    logged = [row for row in trainer.logger.experiment.metrics if "curvature/trace" in row]
-    assert [(row["step"], row["curvature/trace"]) for row in logged] == [
-        (row["step"], row["curvature/trace"]) for row in watch.history
-    ] or len(logged) == 0  # written out already
 
 
 @pytest.mark.filterwarnings("ignore")

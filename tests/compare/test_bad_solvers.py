@@ -111,6 +111,22 @@ def test_small_residuals_do_not_hide_that_an_eigenvalue_is_missing():
     assert row.remarks == "1 of the eigenvalues wanted are missing"
 
 
+def leaning(angle):
+    """Two vectors of a double eigenvalue that are as far as this from orthogonal."""
+    B = RotatedOperator(torch.tensor([3.0, 2.0, 2.0, *[0.1] * 9], dtype=torch.float64))
+    Y = B.eigenvectors(torch.arange(3))
+    Y[:, 2] = angle * Y[:, 1] + (1 - angle**2) ** 0.5 * Y[:, 2]
+    return row_of(lambda A, request: (B.eigenvalues[:3], Y), B, k=3)
+
+
+def test_small_residuals_do_not_hide_that_vectors_are_not_orthogonal():
+    row = leaning(0.01)
+    assert row.residual < 1e-12
+    assert row.verdict == "wrong"
+    assert row.remarks == "vectors are not orthogonal: max |XᵀX − I| is 1e-02"
+    assert leaning(1e-4).verdict == "ok"
+
+
 def test_one_of_a_mirrored_pair_is_as_good_as_the_other():
     values = torch.tensor([3.0, -2.0, 2.0, *[0.1] * 9], dtype=torch.float64)
     B = RotatedOperator(values)

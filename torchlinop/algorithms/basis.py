@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.large_pages import empty_rows
 from torchlinop.space import VectorSpace
 
 _GROUP = 8  # stored vectors converted at once, where they are stored coarser or elsewhere
@@ -40,13 +41,11 @@ class Basis:
         n = len(start)
         self.space = space
         self.dtype, self.device = start.dtype, start.device
-        self.rows = torch.empty(
-            capacity, n, dtype=dtype or start.dtype, device=device or start.device
-        )
+        self.rows = empty_rows(capacity, n, dtype or start.dtype, device or start.device)
         self.direct = self.rows.dtype == start.dtype and self.rows.device == start.device
         coarser = self.rows.dtype != start.dtype
         self._room: Tensor | None = None  # what was handed out last
-        self._scale = 2.0 ** round(math.log2(n) / 2) if coarser else 1.0
+        self._scale = 2.0 ** round(math.log2(space.size) / 2) if coarser else 1.0
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns (n, stop - start) in working precision: a view where the buffer has it."""
@@ -73,16 +72,16 @@ class Basis:
 
     def project(self, W: Tensor, stop: int, start: int = 0) -> Tensor:
         """``W -= V H`` in place, with ``H = V^H W`` of columns ``start`` to ``stop``."""
-        parts = [self.space.inner(V, W) for _, V in self._groups(start, stop)]
+        parts = [self.space.share_of_inner(V, W) for _, V in self._groups(start, stop)]
         empty = torch.zeros(0, W.shape[1], dtype=small_dtype(W.dtype), device=W.device)
-        H = torch.cat([empty, *parts])
+        H = self.space.summed(torch.cat([empty, *parts]))
         for columns, V in self._groups(start, stop):
             subtract(W, V, H[columns.start - start : columns.stop - start])
         return H
 
     def combine(self, Y: Tensor) -> Tensor:
         """``V Y``, new memory (n, p)."""
-        X = torch.zeros(Y.shape[1], self.rows.shape[1], dtype=self.dtype, device=self.device).mT
+        X = empty_rows(Y.shape[1], self.rows.shape[1], self.dtype, self.device).zero_().mT
         Y = Y.to(device=self.device, dtype=self.dtype)
         for columns, V in self._groups(0, len(Y)):
             X.addmm_(V, Y[columns])

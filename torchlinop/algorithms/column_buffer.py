@@ -14,7 +14,7 @@ class ColumnBuffer:
 
     def __init__(self, space: VectorSpace, capacity: int = 0) -> None:
         self._rows = torch.empty(
-            capacity, space.size, dtype=working_dtype(space.dtype), device=space.device
+            capacity, space.local_size, dtype=working_dtype(space.dtype), device=space.device
         )
         self.size = 0
 

@@ -136,7 +136,7 @@ class _Found(NamedTuple):
 
 def _exact(products: Products, num_matvecs: int, seed: int) -> _Found:
     entries = torch.cat([forms(products, E) for E in unit_vectors(products)])
-    entries = entries.to(products.operator.dtype)
+    entries = products.operator.space.scatter(entries.to(products.operator.dtype))
     return _Found(entries, torch.zeros_like(entries))
 
 
@@ -196,8 +196,9 @@ def _xdiag(products: Products, num_matvecs: int, seed: int) -> _Found:
     S = normals(R)
     estimate, stderr = Q.new_empty(2, len(Q))
     # Rows are independent of each other.
-    for part in torch.arange(len(Q)).split(max(1, _ENTRIES // sketch.size)):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
+    chunk = max(1, _ENTRIES // sketch.size)
+    for start in range(0, len(Q), chunk):
+        rows = slice(start, start + chunk)
         estimate[rows], stderr[rows] = _jackknifed_rows(Q[rows], Z[rows], Omega[rows], S, T)
     return _Found(estimate, stderr, stopped)
 

@@ -155,13 +155,13 @@ class Request:
         plans = [self._plan(m, block_size) for m in sizes]
         free = free_bytes(plans[0].basis_device)
         for plan in plans:
-            if plan.bytes <= free:
+            if not self.op.space.agree(plan.bytes > free):
                 return plan
         raise MemoryEstimateError(self._too_much(plans[0], self._plan(least, block_size), free))
 
     def _plan(self, m: int, b: int) -> Plan:
-        n, k = self.op.size, self.k
-        m = min(n, max(m, k + b))
+        n, k = self.op.space.local_size, self.k
+        m = min(self.op.size, max(m, k + b))
         clean_up = self.verify or self.coarse
         storage = self.basis_dtype or self.working
         device = torch.empty(0, device=self.basis_device or self.op.device).device
@@ -172,11 +172,11 @@ class Request:
         return Plan(m, b, budget, storage, device, clean_up, total)
 
     def _too_much(self, asked: Plan, least: Plan, free: int) -> str:
-        n, size = self.op.size, asked.basis_dtype.itemsize
+        n, size = self.op.space.local_size, asked.basis_dtype.itemsize
         smaller = f"ncv={least.ncv} ({_gb(least.bytes)}), " if least.ncv < asked.ncv else ""
         return (
-            f"k={self.k}, ncv={asked.ncv} needs {asked.bytes // (n * size)} vectors x {n:,} x "
-            f"{size} B = {_gb(asked.bytes)} on {asked.basis_device} ({_gb(free)} free). Try "
+            f"k={self.k}, ncv={asked.ncv} needs {asked.bytes // max(1, n * size)} vectors x "
+            f"{n:,} x {size} B = {_gb(asked.bytes)} on {asked.basis_device} ({_gb(free)} free). Try "
             f'{smaller}basis_device="cpu", basis_dtype=torch.bfloat16, or param_filter.'
         )
 

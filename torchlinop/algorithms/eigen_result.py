@@ -15,6 +15,7 @@ from torchlinop.errors import NoParametersError
 from torchlinop.parameters import ParameterLayout
 
 _SHOWN = 10  # eigenpairs in a repr
+_WIDE = 100  # ratio of eigenvalues above which a plot has a logarithmic axis
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -90,8 +91,10 @@ class EigenResult(Result):
         ax = optional("matplotlib.pyplot").subplots()[1] if ax is None else ax
         values, bounds = self.eigenvalues.double().cpu(), self.error_bounds.cpu()
         ax.errorbar(range(1, len(values) + 1), values.numpy(), yerr=bounds.numpy(), fmt="o")
-        smallest = float(values.abs().min())
-        ax.set_yscale("symlog", linthresh=smallest or 1.0)
+        smallest, largest = (float(x) for x in values.abs().aminmax())
+        if largest > _WIDE * smallest:  # within a decade or two, its axis would have no ticks
+            ax.set_yscale("symlog", linthresh=smallest or 1.0)
+        ax.set_xticks(range(1, len(values) + 1, max(1, len(values) // 10)))
         ax.set_xlabel("i")
         ax.set_ylabel("eigenvalue")
         return ax

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis, small_dtype
-from torchlinop.algorithms.orthogonal import IN_SPAN, complete, factored, removed
+from torchlinop.algorithms.orthogonal import IN_SPAN, complete, extended, factored, removed
 from torchlinop.algorithms.products import Products, breakdown, multiply, roundoff
 from torchlinop.algorithms.ritz import Ritz, Which, order_of
 from torchlinop.algorithms.scaled_product import scaled_product
@@ -70,20 +70,27 @@ class KrylovDecomposition:
         all. So the basis is read twice, not four times, and still "twice is enough" (Parlett
         1980, section 6.9). After a restart the neighbours are all.
         """
-        space, T = self.basis.space, self.T
-        start, stop = self.size, self.size + self.width
+        T, start, stop = self.T, self.size, self.size + self.width
         new, after = slice(start, stop), slice(stop, stop + self.width)
         W = self.basis.room(stop, self.width)
         s = scaled_product(self.products, self.block, self.scale if self.scaled else None, W)
         H = self._neighbours(W)
         self.scale = torch.maximum(self.scale, s * torch.linalg.matrix_norm(H))
-        R, lost = factored(space, W, self.breakdown * self.scale / s)
-        H += self.basis.project(W, stop) @ R
-        S, in_span = factored(space, W, IN_SPAN)
-        T[:stop, new], T[after, new] = s * H, s * (S @ R)
-        self.errors[new] = s * torch.linalg.vector_norm(lost + in_span * R.diagonal().real)
-        self.scale = torch.maximum(self.scale, s * torch.linalg.matrix_norm(R))
+        C, S, lost = self._projected(W, self.breakdown * self.scale / s)
+        T[:stop, new], T[after, new] = s * (H + C), s * S
+        self.errors[new] = s * torch.linalg.vector_norm(lost)
+        self.scale = torch.maximum(self.scale, s * torch.linalg.matrix_norm(S))
         self._continue(stop, self.block, W)
+
+    def _projected(self, W: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``W = V C + Q S``, where Q replaces W, and the lengths (w,) of columns that were lost."""
+        V, space, stop = self.basis, self.basis.space, self.size + self.width
+        if V.direct and self.width == 1:
+            return extended(space, V.columns(0, stop + 1), threshold)
+        R, lost = factored(space, W, threshold)
+        C = V.project(W, stop) @ R
+        S, in_span = factored(space, W, IN_SPAN)
+        return C, S @ R, lost + in_span * R.diagonal().real
 
     def _neighbours(self, W: Tensor) -> Tensor:
         """``W -= V H`` for the columns next to the block, and itself; H (stop, w)."""
@@ -150,7 +157,7 @@ class KrylovDecomposition:
         return None
 
     def _mend(self, T: Tensor, start: int, stop: int) -> Loss:
-        width, room = stop - start, self.basis.rows.shape[1] - stop
+        width, room = stop - start, self.basis.space.size - stop
         rows = torch.arange(stop, stop + width)
         alive = rows[T[rows, rows - width].real > 0][:room]
         Q = torch.cat([self.basis.columns(i, i + 1) for i in alive.tolist()] or [self._nothing], 1)

@@ -225,7 +225,8 @@ def _dense_nuclear(
         A, total=num_matvecs, max_seconds=max_seconds, progress=progress
     ) as products:
         columns = [products(E) for E in unit_vectors(products)]
-        (dense,) = on_host(products, torch.cat(columns, dim=1).to(small_dtype(products.dtype)))
+        whole = op.space.gather(torch.cat(columns, dim=1))
+        (dense,) = on_host(products, whole.to(small_dtype(products.dtype)))
         SymmetryWatch(products, seed).defect(dense)
     found = A.scale * float(torch.linalg.eigvalsh(dense).abs().sum())
     return _Found(found, 0.0, found, found, op.size, products.seconds)

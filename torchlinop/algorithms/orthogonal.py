@@ -42,6 +42,30 @@ def factored(space: VectorSpace, W: Tensor, threshold: Tensor | float) -> tuple[
     return R, lost
 
 
+def extended(
+    space: VectorSpace, V: Tensor, threshold: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``w = V c + q s`` for the last column w of V (n, j + 1), which q replaces; c, s (1, 1), lost.
+
+    The columns before are orthonormal, and c is to be rounding error: a second pass. So no digits
+    cancel in ``s² = ‖w‖² - ‖c‖²``, and one inner product tells all: V is read twice. If w is no
+    longer than ``threshold``, or lies in the span of the others, q and s are zero, and ``lost``
+    (1,) is the length that went.
+    """
+    w, before = V[:, -1:], V[:, :-1]
+    products = space.inner(V, w)
+    c, square = products[:-1], products[-1].real
+    length = square.sqrt()
+    rest = (square - torch.linalg.vector_norm(c) ** 2).clamp_min(0).sqrt()
+    long_enough = length > threshold
+    alive = long_enough & (rest > IN_SPAN * length)
+    subtract(w, before, c)
+    w.mul_(torch.where(alive, 1 / rest, 0.0).to(real_dtype(w)))
+    s = torch.where(alive, rest, 0.0).to(c.dtype)
+    lost = torch.where(alive, 0.0, torch.where(long_enough, rest, length))
+    return torch.where(long_enough, c, 0.0), s[:, None], lost
+
+
 def real_dtype(W: Tensor) -> torch.dtype:
     """The real dtype of the entries of W."""
     return W.real.dtype if W.is_complex() else W.dtype

@@ -30,7 +30,8 @@ def plain_lanczos(
     stop = _advanced(recurrence)
     ritz = _ritz(recurrence, target)
     # Of a multiple eigenvalue, the Krylov space of one vector holds one copy.
-    copies_missing = stop == "stagnated" and 1 < target.k <= len(ritz.values) < len(start)
+    n, found = products.operator.size, len(ritz.values)
+    copies_missing = stop == "stagnated" and 1 < target.k <= found < n
     notes = [_too_small(len(ritz.values))] if copies_missing else []
     if mode in ("local", "none"):
         ritz = _taken(ritz, _distinct(ritz, target))

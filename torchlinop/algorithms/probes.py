@@ -49,7 +49,7 @@ def unit_vectors(products: Products) -> Iterator[Tensor]:
     Raises:
         NotConvergedError: the time of the run is over.
     """
-    n, device = products.operator.size, products.operator.device
+    n, space = products.operator.size, products.operator.space
     for start in range(0, n, WIDTH):
         if products.late:
             raise NotConvergedError(
@@ -57,9 +57,7 @@ def unit_vectors(products: Products) -> Iterator[Tensor]:
                 "max_seconds, or ask for an estimate from fewer: num_matvecs=60, say"
             )
         width = min(WIDTH, n - start)
-        E = torch.zeros(n, width, dtype=products.dtype, device=device)
-        E[start : start + width].fill_diagonal_(1)
-        yield E
+        yield space.unit_vectors(start, start + width).to(products.dtype)
 
 
 def forms(products: Products, X: Tensor) -> Tensor:

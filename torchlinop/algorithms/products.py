@@ -105,7 +105,9 @@ class Products:
     @property
     def late(self) -> bool:
         """Whether the time of this run is over. Never before the first product."""
-        return self.matvecs > 0 and self.seconds > self._max_seconds
+        if self.matvecs == 0 or math.isinf(self._max_seconds):
+            return False
+        return self.operator.space.agree(self.seconds > self._max_seconds)
 
     def dots(self, X: Tensor, Y: Tensor) -> Tensor:
         """``⟨x_i, y_i⟩`` of every column, (k,)."""

@@ -19,7 +19,8 @@ def right_hand_sides(A: Products, b: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         VectorError: wrong shape, dtype or device; NonFiniteError: NaN or infinite entries.
     """
-    n, space = A.operator.size, A.operator.space
+    space = A.operator.space
+    n = space.local_size
     if b.ndim not in (1, 2) or b.shape[0] != n:
         raise VectorError(
             f"expected b of shape ({n},) or ({n}, k), got {tuple(b.shape)}; "
@@ -30,7 +31,7 @@ def right_hand_sides(A: Products, b: Tensor) -> tuple[Tensor, Tensor]:
             f"expected b in {space.dtype} on {space.device}, got {b.dtype} on {b.device}; "
             f"pass b.to({space.dtype}, device={str(space.device)!r})"
         )
-    B = b.detach().reshape(n, -1).to(A.dtype)
+    B = (b if b.ndim == 2 else b[:, None]).detach().to(A.dtype)
     norms = space.norm(B.to(small_dtype(B.dtype)))
     if not torch.isfinite(norms).all():
         raise NonFiniteError("b has NaN or infinite entries; clean it before the solve")

@@ -137,8 +137,8 @@ def _error_bounds(ritz: Ritz, residuals: Tensor, eps: float) -> Tensor:
     # Where both are zero, as for the zero matrix, there is no gap to divide by.
     by_gap = residuals**2 / distances.min(1).values.clamp_min(torch.finfo(torch.float64).tiny)
     # Values have the rounding of T and of its eigenvalues: up to 10 ε ‖A‖ (measured, n <= 120).
-    rounding = max(ritz.floor, 2 * ROUNDING * eps * ritz.norm)
-    return torch.minimum(residuals, by_gap).clamp_min(rounding)
+    rounding = ritz.least(k).clamp_min(2 * ROUNDING * eps * ritz.norm)
+    return torch.minimum(residuals, by_gap).maximum(rounding)
 
 
 def _table(rows: list[Tensor], k: int) -> Tensor:

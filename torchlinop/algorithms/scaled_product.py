@@ -18,7 +18,8 @@ def scaled_product(products: Products, V: Tensor, norm: Tensor | None, W: Tensor
     exactly: no other number depends on s.
     """
     AV = products(V)
-    size = torch.linalg.vector_norm(AV, torch.inf).double() if norm is None else norm
+    space = products.operator.space
+    size = space.largest_entry(AV).double() if norm is None else norm
     power = size / torch.frexp(size).mantissa  # exact, and NaN for zero
     s = torch.where(size > 0, power, 1.0).clamp(_LEAST, _MOST)
     torch.mul(AV.mT, (1 / s).to(AV.real.dtype), out=W.mT)

@@ -49,10 +49,11 @@ def _of_space(op: CurvatureOperator, v0: Tensor | EigenResult, columns: int) -> 
     working = working_dtype(op.dtype)
     V = v0.eigenvectors[:, :columns] if isinstance(v0, EigenResult) else v0
     V = V[:, None] if V.ndim == 1 else V
-    fits = V.ndim == 2 and len(V) == op.size and 1 <= V.shape[1] <= columns
+    rows = op.space.local_size
+    fits = V.ndim == 2 and len(V) == rows and 1 <= V.shape[1] <= columns
     if not fits or V.device != op.device or V.dtype not in (op.dtype, working):
         raise VectorError(
-            f"expected v0 of shape ({op.size},) or ({op.size}, b) with b from 1 to {columns}, in "
+            f"expected v0 of shape ({rows},) or ({rows}, b) with b from 1 to {columns}, in "
             f"{op.dtype} on {op.device}, got {tuple(V.shape)} in {V.dtype} on {V.device}; "
             "pass op.space.random(1), say"
         )

@@ -68,7 +68,7 @@ class _Watched(CurvatureOperator):
         """Keep the first pair; of the second, what a comparison of both needs."""
         v, Av = (x.to(working_dtype(x.dtype)) for x in (v, Av))
         if self._first is None:
-            size = torch.linalg.vector_norm(Av, torch.inf)
+            size = self.space.largest_entry(Av)
             # Entries of size one, as squares of very small and large ones are lost in float32.
             unit = torch.where(size > 0, size, 1.0)
             self._first = v.clone(), Av / unit, unit

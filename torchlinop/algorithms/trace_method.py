@@ -59,7 +59,8 @@ def suitable(op: CurvatureOperator, num_matvecs: int) -> str:
     if op.positive_semidefinite:
         order.insert(0, "xnystrace")
     room = free_bytes(op.device) // 2
-    return next(m for m in order if _bytes(op.space, m, num_matvecs) <= room)
+    space = op.space
+    return next(m for m in order if not space.agree(_bytes(space, m, num_matvecs) > room))
 
 
 def affordable(op: CurvatureOperator, name: str, num_matvecs: int, *, fewer: bool) -> int:
@@ -78,21 +79,21 @@ def affordable(op: CurvatureOperator, name: str, num_matvecs: int, *, fewer: boo
             'raise it, or use method="hutchinson"'
         )
     free, needed = free_bytes(space.device), _bytes(space, name, num_matvecs)
-    if needed <= free:
+    if not space.agree(needed > free):
         return num_matvecs
-    fitting = int(free / _bytes(space, name, 1))
+    fitting = int(space.least(free / max(1.0, _bytes(space, name, 1))))
     if fewer and fitting >= fewest:
         return fitting
     vectors = math.ceil(ESTIMATORS[name].vectors * num_matvecs)
     raise MemoryEstimateError(
-        f'method="{name}" with {num_matvecs} products needs {vectors} vectors x {space.size:,} x '
-        f"{_itemsize(space)} B = {needed / 1e9:.1f} GB on {space.device} "
+        f'method="{name}" with {num_matvecs} products needs {vectors} vectors x '
+        f"{space.local_size:,} x {_itemsize(space)} B = {needed / 1e9:.1f} GB on {space.device} "
         f'({free / 1e9:.1f} GB free). Try num_matvecs={fitting}, or method="hutchinson"'
     )
 
 
 def _bytes(space: VectorSpace, name: str, num_matvecs: int) -> float:
-    return ESTIMATORS[name].vectors * num_matvecs * space.size * _itemsize(space)
+    return ESTIMATORS[name].vectors * num_matvecs * space.local_size * _itemsize(space)
 
 
 def _itemsize(space: VectorSpace) -> int:

@@ -91,9 +91,10 @@ def start_vector(op: CurvatureOperator, v0: Tensor) -> Tensor:
         VectorError: it has another shape, dtype or device, is zero or is not finite.
     """
     working = working_dtype(op.dtype)
-    if v0.shape != (op.size,) or v0.dtype not in (op.dtype, working) or v0.device != op.device:
+    rows = op.space.local_size
+    if v0.shape != (rows,) or v0.dtype not in (op.dtype, working) or v0.device != op.device:
         raise VectorError(
-            f"expected v0 of shape ({op.size},) in {op.dtype} on {op.device}, got "
+            f"expected v0 of shape ({rows},) in {op.dtype} on {op.device}, got "
             f"{tuple(v0.shape)} in {v0.dtype} on {v0.device}; pass op.space.random(1)[:, 0]"
         )
     q = v0.detach().to(working, copy=True)[:, None]

@@ -30,7 +30,7 @@ class UnitScale(CurvatureOperator):
     def _matmat(self, V: Tensor) -> Tensor:
         AV = self.operator.matmat(V)
         if not self._found:
-            self._find(float(AV.abs().max()))
+            self._find(float(self.space.largest_entry(AV)))
         # Two factors, as 2¹²⁸ is beyond float32.
         root = 2.0 ** (math.log2(self.scale) // 2)
         return AV.div_(root).div_(self.scale / root)

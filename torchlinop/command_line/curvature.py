@@ -200,12 +200,11 @@ def _given(made: Any, options: argparse.Namespace) -> CurvatureOperator:
     return operator.restrict(match_names(*options.params)) if options.params else operator
 
 
-@dataclass(frozen=True)
-class _Cast:
+class _Cast:  # a dataclass would be taken for a batch
     """Batches with their floating-point tensors in another dtype, as often as they are read."""
 
-    data: Iterable[Batch]
-    dtype: torch.dtype
+    def __init__(self, data: Iterable[Batch], dtype: torch.dtype) -> None:
+        self.data, self.dtype = data, dtype
 
     def __iter__(self) -> Iterator[Batch]:
         return (_in_dtype(batch, self.dtype) for batch in self.data)

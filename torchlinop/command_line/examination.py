@@ -88,9 +88,10 @@ def _number(tensor: Tensor) -> Tensor:
 
 
 def _sizes(sizes: list[int]) -> str:
-    shown = ", ".join(map(str, sizes[:4])) + (f", ... {sizes[-1]}" if len(sizes) > 4 else "")
-    batches = f"{len(sizes)} batches of {shown} samples" if len(sizes) > 1 else f"{shown} samples"
-    return batches + (" (uneven)" if len({*sizes}) > 1 else "")
+    if len({*sizes}) == 1:
+        return f"{len(sizes)} batches of {sizes[0]} samples"
+    shown = [*map(str, sizes)] if len(sizes) < 6 else [*map(str, sizes[:4]), f"... {sizes[-1]}"]
+    return f"{len(sizes)} uneven batches of {', '.join(shown)} samples, weighted by loss terms"
 
 
 def _differences(data: Any, one: _Pass, two: _Pass) -> Iterator[Finding]:

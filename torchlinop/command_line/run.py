@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, algorithm: Algorithm) -> int:
     print_result(outcome.result, options, operator=repr(operator))
     files.write(outcome.result, finished=not outcome.unfinished)
     if outcome.unfinished and state is not None and state.exists():
-        note(f"unfinished; to go on: {_resuming(options)}")
+        note(f"unfinished; to go on, with more products or time if need be: {_resuming(options)}")
     return DONE if outcome.converged else NOT_CONVERGED
 
 

@@ -24,6 +24,7 @@ class EigenRow(Row):
     residuals: Spread = UNKNOWN  # the largest of every seed
     error: float = math.nan  # the largest |θ_i − λ_i| / |λ_i|
     orthogonality: float = math.nan  # max |XᴴX − I|
+    tolerated: float = math.inf  # of it
     ghosts: int = 0
     missed: int | None = None
     claimed_residual: float = math.nan
@@ -41,6 +42,7 @@ class EigenRow(Row):
         runs: Sequence[Run[Judged]],
         *,
         k: int,
+        tolerated: float,
         usage: Usage | None,
         vector: int,
     ) -> EigenRow:
@@ -59,6 +61,7 @@ class EigenRow(Row):
             residuals=Spread.of(j.residual for j in judged),
             error=_worst(j.error for j in judged),
             orthogonality=_worst(j.orthogonality for j in judged),
+            tolerated=tolerated,
             ghosts=max((j.ghosts for j in judged), default=0),
             missed=max((j.missed for j in judged if j.missed is not None), default=None),
             claimed_residual=_worst(j.claimed_residual for j in judged),
@@ -79,11 +82,13 @@ class EigenRow(Row):
 
     @property
     def flaw(self) -> str:
-        """Residuals do not tell of copies, nor of eigenvalues that were missed."""
+        """Residuals do not tell of copies, of angles, nor of eigenvalues that were missed."""
         if not self.reached:
             return ""
         copies = self.ghosts and not self.false  # a claim that says so, if there is one
         said = [f"{self.ghosts} of {self.pairs} pairs are copies of others"] * bool(copies)
+        skew = not self.ghosts and self.orthogonality > self.tolerated
+        said += [f"vectors are not orthogonal: max |XᵀX − I| is {self.orthogonality:.0e}"] * skew
         said += [f"{self.missed} of the eigenvalues wanted are missing"] * bool(self.missed)
         return "; ".join(said)
 

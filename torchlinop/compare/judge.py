@@ -16,7 +16,6 @@ from torchlinop.compare.subject import Subject
 from torchlinop.operators.base import CurvatureOperator
 
 _SLACK = 1.1  # between a claim and the truth, beside rounding
-_OF_TRUTH = 10  # times more, where eigenvalues are compared: those known are rounded, too
 _PARALLEL = 0.1  # a singular value of unit vectors below it: one of them is a copy
 
 
@@ -169,7 +168,7 @@ class _Evidence:
         if claims.bounds is not None and self.subject.whole:
             assert self.subject.eigenvalues is not None
             gaps = self._gaps(self.subject.eigenvalues)
-            i, excess = _worst(gaps, _SLACK * claims.bounds + _OF_TRUTH * rounding)
+            i, excess = _worst(gaps, _SLACK * claims.bounds + rounding)
             if excess > 1:
                 yield _stated("an error", gaps[i], claims.bounds[i])
         called = claims.converged

@@ -37,14 +37,18 @@ class ShardedSpace(VectorSpace):
     def local_size(self) -> int:
         return sum(piece.numel for piece in self.pieces)
 
-    def own(self, X: Tensor) -> Tensor:
-        return X[: self.owned]
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def share_of_inner(self, X: Tensor, Y: Tensor) -> Tensor:
+        return super().inner(X[: self.owned], Y[: self.owned])
 
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
-        return self.summed(super().inner(self.own(X), self.own(Y)))
+        return self.summed(self.share_of_inner(X, Y))
 
     def norm(self, v: Tensor) -> Tensor:
-        local = super().norm(self.own(v))
+        local = super().norm(v[: self.owned])
         large, small = local > _LARGE, local < _SMALL
         parts = [local.masked_fill(~large, 0) * _SMALL, local.masked_fill(~small, 0) * _LARGE]
         between = local.masked_fill(large | small, 0)
@@ -54,13 +58,17 @@ class ShardedSpace(VectorSpace):
     def summed(self, small: Tensor) -> Tensor:
         return self._reduced(small, dist.ReduceOp.SUM)
 
-    def largest(self, small: Tensor) -> Tensor:
-        # A maximum may lose NaN, and so does no sum; an infinity is as good a sign of it.
-        return self._reduced(small.nan_to_num(math.inf, math.inf, -math.inf), dist.ReduceOp.MAX)
-
     def agree(self, flag: bool) -> bool:
-        said = torch.tensor(float(flag), device=self.device)
-        return bool(self._reduced(said, dist.ReduceOp.MAX))
+        return self.least(-float(flag)) < 0
+
+    def least(self, number: float) -> float:
+        said = torch.tensor(number, dtype=torch.float64, device=self.device)
+        return float(self._reduced(said, dist.ReduceOp.MIN))
+
+    def largest_entry(self, X: Tensor) -> Tensor:
+        largest = super().largest_entry(X) if X.numel() else X.new_zeros(()).abs()
+        # A maximum may lose NaN; infinity is as good a sign of it.
+        return self._reduced(largest.nan_to_num(math.inf, math.inf), dist.ReduceOp.MAX)
 
     def _reduced(self, small: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         # On the device of the vectors, as the group may know no other.
@@ -94,7 +102,7 @@ class ShardedSpace(VectorSpace):
         self._refuse(local, self.local_size)
         whole = local.new_zeros(self.size, *local.shape[1:])
         for start, indices in self.indices():
-            part = self.own(local)[start : start + len(indices)]
+            part = local[: self.owned][start : start + len(indices)]
             whole[indices[: len(part)].to(local.device)] = part
         return self.summed(whole)
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor, Replicate
 
 from torchlinop.errors import ShardingError
 
@@ -193,6 +194,12 @@ def _drop_unsharded_gradients(parameter: Any) -> None:
         parameter.unsharded_accumulated_grad = None
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered: while it is, writes to the shards are ignored."""
+    for group in _groups(model):
+        group._to_sharded()
+
+
 def heal(model: nn.Module) -> None:
     """Bring FSDP2 to rest, wherever an exception has left it: sharded, with nothing half done."""
     for state in _states(model):
@@ -361,3 +368,70 @@ def _forward_rules() -> Iterator[None]:
             del RegisterPostBackwardFunction.jvp
         else:
             RegisterPostBackwardFunction.jvp = before
+
+
+@contextmanager
+def twice_differentiable_dtensors() -> Iterator[None]:
+    """Backward passes of DTensor's own functions are part of the graph.
+
+    That of ``from_local`` hands out a redistributed local tensor without its graph (torch 2.6 to
+    2.15); those of ``to_local`` and ``redistribute`` do so before torch 2.9.
+    """
+    from torch.distributed.tensor import _api, _redistribute
+
+    mended: list[tuple[Any, Any]] = [(_api._FromTorchTensor, _from_local_backward)]
+    if not hasattr(_redistribute, "NestedRedistribute"):
+        mended += [(_api._ToTorchTensor, _to_local_backward)]
+        mended += [(_redistribute.Redistribute, _redistribute_backward)]
+    before = [function.backward for function, _ in mended]
+    for function, backward in mended:
+        function.backward = staticmethod(backward)
+    try:
+        yield
+    finally:
+        for (function, _), backward in zip(mended, before, strict=True):
+            function.backward = staticmethod(backward)
+
+
+def _from_local_backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 7
+    given = getattr(ctx, "grad_placements", None)
+    placements = given or _summed(_first(ctx, "forward_input_placements", "previous_placement"))
+    return gradient.redistribute(placements=placements).to_local(), *(None,) * 6
+
+
+def _to_local_backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:
+    if gradient is None:
+        return None, None
+    spec = ctx.dtensor_spec
+    return (
+        DTensor.from_local(
+            gradient,
+            spec.mesh,
+            ctx.grad_placements or _summed(spec.placements),
+            run_check=False,
+            shape=spec.shape,
+            stride=spec.stride,
+        ),
+        None,
+    )
+
+
+def _redistribute_backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:
+    return gradient.redistribute(placements=_summed(ctx.current_spec.placements)), *(None,) * 4
+
+
+def _first(ctx: Any, *names: str) -> Any:
+    return next(getattr(ctx, name) for name in names if hasattr(ctx, name))
+
+
+def _summed(placements: Any) -> tuple[Any, ...]:
+    """What a gradient is placed as: whole where the value is a sum not taken yet."""
+    return tuple(Replicate() if p.is_partial() else p for p in placements)
+
+
+def compute_dtypes(model: nn.Module) -> list[torch.dtype]:
+    """The dtypes that mixed-precision policies cast parameters to."""
+    policies = [state._mp_policy for state in _states(model)]
+    return [policy.param_dtype for policy in policies if policy.param_dtype is not None]

@@ -73,7 +73,7 @@ class CurvatureOperator(ABC):
         Raises:
             VectorError: V has another shape, dtype or device than a block of this space.
         """
-        return of_block(self._matmat, self.space, self.size, V)
+        return of_block(self._matmat, self.space, self.space.local_size, V)
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v for a vector (n,): a new tensor (n,), detached. Costs one product.
@@ -81,7 +81,7 @@ class CurvatureOperator(ABC):
         Raises:
             VectorError: v has another shape, dtype or device than a vector of this space.
         """
-        return of_vector(self._matmat, self.space, self.size, v)
+        return of_vector(self._matmat, self.space, self.space.local_size, v)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         if not isinstance(other, Tensor):
@@ -92,7 +92,7 @@ class CurvatureOperator(ABC):
         """The matrix itself, (n, n). Costs n products, taken ``chunk`` columns at a time."""
         if chunk < 1:
             raise OptionError(f"expected chunk to be at least 1, got {chunk}; leave it out")
-        return dense(self.matmat, self.space, self.size, chunk)
+        return self.space.gather(dense(self.matmat, self.space, self.space.local_size, chunk))
 
     def restrict(self, selection: ParamFilter | Tensor) -> Restriction:
         """The block A[I, I] of the rows and columns selected. Each product costs one of A.
@@ -226,6 +226,12 @@ class Restriction(CurvatureOperator):
     def __init__(
         self, operator: CurvatureOperator, indices: Tensor, layout: ParameterLayout | None
     ) -> None:
+        if not operator.space.whole:
+            raise VectorError(
+                f"expected an operator whose vectors are whole on every rank, got {operator!r}, "
+                "which has shards of them; pass param_filter where it is built, instead of a "
+                "restriction"
+            )
         indices = indices.to(operator.device)
         if indices.dtype != torch.int64 or indices.ndim != 1 or not len(indices):
             raise VectorError(

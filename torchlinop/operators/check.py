@@ -65,7 +65,7 @@ class CheckReport:
 
 
 def _bytes_of(space: VectorSpace) -> int:
-    return space.size * torch.empty((), dtype=space.dtype).element_size()
+    return space.local_size * torch.empty((), dtype=space.dtype).element_size()
 
 
 def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> CheckReport:
@@ -104,7 +104,7 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
         linearity=linearity,
         noise=noise,
         norm=float(space.norm(Av)),
-        finite=bool(torch.isfinite(products).all()),
+        finite=not space.agree(not bool(torch.isfinite(products).all())),
         # Two equal products may differ by the order of atomic sums alone; an asymmetry may be
         # as large as the noise of the products in it.
         bounds=(100 * eps, max(100 * eps, 10 * min(noise, _LINEAR / 10)), _LINEAR),

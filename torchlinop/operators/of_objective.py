@@ -24,6 +24,8 @@ from torchlinop.linearization import AsPrograms, LinearizationPlan, Policy, Work
 from torchlinop.objective import Objective
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.preflight import Preflight, preflight
+from torchlinop.ranks import Ranks
+from torchlinop.union import united
 
 Method = Literal["autograd", "forward_over_reverse", "finite_difference"]
 
@@ -85,6 +87,18 @@ class ObjectiveOperator(CurvatureOperator):
                 refuse_non_finite(self.objective, AV)
             self._proven_finite = True
         return AV
+
+    def unite(self, ranks: Ranks) -> None:
+        """Make this the matrix of the data of all ranks: products are summed over them.
+
+        Raises:
+            ProcessGroupError, WeightingError: see ``united``.
+        """
+        self.objective = united(self.objective, ranks)
+        self._maps = self._maps.of(self.objective)
+        self._proven_finite = False
+        self.space = self.objective.space
+        self.description = (*self.objective.description, self.description[-1])
 
     @property
     def linearization(self) -> str:

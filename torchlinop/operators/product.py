@@ -20,9 +20,9 @@ def of_block(multiply: BlockMap, space: VectorSpace, rows: int, V: Tensor) -> Te
         VectorError: V has another shape, dtype or device than a block of this space.
     """
     _refuse_other_libraries(V)
-    if V.ndim != 2 or V.shape[0] != space.size:
+    if V.ndim != 2 or V.shape[0] != space.local_size:
         raise VectorError(
-            f"expected a block of shape ({space.size}, k), got {tuple(V.shape)}; "
+            f"expected a block of shape ({space.local_size}, k), got {tuple(V.shape)}; "
             "pass vectors as columns"
         )
     return _product(multiply, space, rows, V)
@@ -35,9 +35,9 @@ def of_vector(multiply: BlockMap, space: VectorSpace, rows: int, v: Tensor) -> T
         VectorError: v has another shape, dtype or device than a vector of this space.
     """
     _refuse_other_libraries(v)
-    if v.shape != (space.size,):
+    if v.shape != (space.local_size,):
         raise VectorError(
-            f"expected a vector of shape ({space.size},), got {tuple(v.shape)}; "
+            f"expected a vector of shape ({space.local_size},), got {tuple(v.shape)}; "
             "pass a block of columns to matmat"
         )
     return _product(multiply, space, rows, v[:, None])[:, 0]
@@ -75,7 +75,5 @@ def dense(multiply: BlockMap, space: VectorSpace, rows: int, chunk: int) -> Tens
     columns = torch.empty(rows, space.size, dtype=space.dtype, device=space.device)
     for start in range(0, space.size, chunk):
         stop = min(start + chunk, space.size)
-        E = torch.zeros(space.size, stop - start, dtype=space.dtype, device=space.device)
-        E[start:stop].fill_diagonal_(1)
-        columns[:, start:stop] = multiply(E)
+        columns[:, start:stop] = multiply(space.unit_vectors(start, stop))
     return columns

@@ -1,0 +1,160 @@
+"""H v ≈ |v| (∇f(θ₊) − ∇f(θ₋)) / ⟨θ₊ − θ₋, v/|v|⟩: central differences on shards, step measured."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlinop.distributed import torch_private
+from torchlinop.distributed.forward_over_reverse import Metric, pull
+from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.errors import OptionError
+
+log = logging.getLogger("torchlinop")
+
+# The step |θ₊ − θ₋| / 2|θ| where nothing else is known, and the factors that are tried around it.
+_STEP = {torch.float64: 1e-6, torch.float32: 1e-4}
+_TRIED = (1 / 16, 1 / 4, 1.0, 4.0)  # each is compared with its double
+
+
+@dataclass(frozen=True)
+class CentralDifferences:
+    """Differences along the normalised direction; needs no second derivative of anything.
+
+    The shards are written from a copy, so that they return bit by bit, and the quotient is taken
+    over the difference θ₊ − θ₋ as it was rounded. Two gradients a product.
+    """
+
+    step: float  # relative to |θ|
+    error: float = math.nan  # relative, as measured along two directions
+    exact = False
+
+    @property
+    def name(self) -> str:
+        """With step and error, for people."""
+        return f"finite_difference, relative step {self.step:.1g}, error about {self.error:.1g}"
+
+    @classmethod
+    def usual(cls, objective: ShardedObjective) -> CentralDifferences:
+        """With the step that is usual for the precision of the parameters."""
+        return cls(_usual_step(objective))
+
+    @classmethod
+    def measured(
+        cls,
+        objective: ShardedObjective,
+        product: Callable[[CentralDifferences, Iterable[Round], Tensor], Tensor],
+        step: float | None,
+        *,
+        force: bool,
+    ) -> CentralDifferences:
+        """Compare the products of several steps with those of their doubles, on one batch.
+
+        The error of a central difference is of second order, so that with the double step it is
+        four times as large, and a third of what two products differ by is the error of the better
+        one (Richardson); if rounding is what they differ by, that is of this size too. Measured
+        along a random vector and along its product, which leans towards the largest eigenvalues:
+        the step that is best for the worse of the two is taken. Costs 20 gradients of a batch.
+
+        Raises:
+            OptionError: parameters or computation are in half precision, and ``force`` is not
+                given; the step is no positive number.
+        """
+        if step is not None and not step > 0:
+            raise OptionError(f"expected a positive fd_step, got {step}; leave it out")
+        _refuse_half_precision(objective, force)
+        usual = _usual_step(objective)
+        steps = [factor * usual for factor in _TRIED] if step is None else [step]
+        rounds = objective.first_round()
+        random = objective.space.random(1, seed=1)[:, 0]
+        with objective.model.borrowed():
+            leaning = product(cls(steps[-2] if step is None else step), rounds, random)
+            tried = [
+                (max(_richardson(objective, product, rounds, v, c) for v in (random, leaning)), c)
+                for c in steps
+            ]
+        error, best = min(tried)
+        log.info("finite differences: relative step %.1g, error about %.1g", best, error)
+        return cls(best, error)
+
+    def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
+        """H v: two gradients."""
+        kept = list(rounds)
+        return self._difference(objective, v, lambda: objective.gradient_here(kept))
+
+    def gauss_newton(
+        self,
+        objective: ShardedObjective,
+        rounds: Iterable[Round],
+        outputs: Outputs,
+        metric: Metric,
+        v: Tensor,
+    ) -> Tensor:
+        """``Σ share Jᵀ M J v``: J v from two forward passes, Jᵀ exact."""
+        for b, batch, share in rounds:
+
+            def evaluated(b: int = b, batch: object = batch) -> Tensor:
+                with torch.no_grad(), objective.together():
+                    f = outputs(objective.model.place(b), batch).clone()
+                return f
+
+            Jv = self._difference(objective, v, evaluated)
+            objective.model.write(objective.model.theta)
+            f = evaluated()
+            with objective.together():
+                u = metric(f, batch)(Jv)
+            pull(objective, outputs, (b, batch, share), u)
+        return objective.collected()
+
+    def _difference(
+        self, objective: ShardedObjective, v: Tensor, f: Callable[[], Tensor]
+    ) -> Tensor:
+        """|v| (f(θ₊) − f(θ₋)) / ⟨θ₊ − θ₋, v/|v|⟩; the same numbers divide on all ranks."""
+        model, space = objective.model, objective.space
+        length = space.norm(v)
+        if not length > 0:
+            return torch.zeros_like(f())
+        unit = v / length.to(v.dtype)
+        step = (self.step * space.norm(model.theta)).to(v.dtype)
+        plus, minus = model.theta + step * unit, model.theta - step * unit
+        model.write(plus)
+        difference = f()
+        model.write(minus)
+        difference -= f()
+        moved = space.inner((plus - minus)[:, None], unit[:, None])[0, 0]
+        return difference.mul_((length / moved).to(difference.dtype))
+
+
+def _usual_step(objective: ShardedObjective) -> float:
+    return _STEP.get(objective.layout.layout.precision, 1e-2)
+
+
+def _richardson(
+    objective: ShardedObjective,
+    product: Callable[[CentralDifferences, Iterable[Round], Tensor], Tensor],
+    rounds: list[Round],
+    v: Tensor,
+    step: float,
+) -> float:
+    """The relative error of a product with this step, from that with the double step."""
+    fine = product(CentralDifferences(step), rounds, v)
+    coarse = product(CentralDifferences(2 * step), rounds, v)
+    norm = objective.space.norm
+    return float(norm(coarse - fine) / (3 * norm(fine)).clamp_min(1e-300))
+
+
+def _refuse_half_precision(objective: ShardedObjective, force: bool) -> None:
+    stored = objective.layout.layout.precision
+    computed = torch_private.compute_dtypes(objective.model.module)
+    coarse = [d for d in (stored, *computed) if torch.finfo(d).eps > 1e-4]
+    if coarse and not force:
+        raise OptionError(
+            f"finite differences need parameters and computation in float32 at least, got "
+            f"{coarse[0]}, which rounds the step away (errors of 0.1 and more of the product); "
+            'use method="forward_over_reverse", or pass force=True'
+        )

@@ -1,0 +1,74 @@
+"""Exact products under FSDP2: dual numbers through the model's own forward and backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torchlinop.batches import Batch
+from torchlinop.distributed import torch_private
+from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.losses.base import OutputMap
+
+# (outputs, batch) -> u ↦ M u
+Metric = Callable[[Tensor, Batch], OutputMap]
+
+
+class DualNumbers:
+    """Forward mode through a stock ``fully_shard`` model.
+
+    Wherever FSDP2 gathers parameters W, it is given ``W + ε V`` with the gathered piece of the
+    direction. The ε part of the gradient is the Hessian's product, and FSDP2 reduces it in place
+    of the gradient. Activations and gathered pieces have a tangent each.
+    """
+
+    name = "forward_over_reverse"
+    exact = True
+
+    def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
+        """H v: four gradients."""
+        direction = objective.model.directions(v)
+        module = objective.model.module
+        for b, batch, share in rounds:
+            with (
+                forward_ad.dual_level(),
+                torch_private.tangents(module, direction, reverse=True),
+            ):
+                objective.backward(objective.value(b, batch), share)
+        return objective.collected()
+
+    def gauss_newton(
+        self,
+        objective: ShardedObjective,
+        rounds: Iterable[Round],
+        outputs: Outputs,
+        metric: Metric,
+        v: Tensor,
+    ) -> Tensor:
+        """``Σ share Jᵀ M J v``: J v by dual numbers, and one forward pass more for Jᵀ."""
+        direction = objective.model.directions(v)
+        module = objective.model.module
+        for b, batch, share in rounds:
+            with (
+                forward_ad.dual_level(),
+                torch_private.tangents(module, direction, reverse=False),
+                torch.no_grad(),
+                objective.together(),
+            ):
+                dual = forward_ad.unpack_dual(outputs(objective.model.place(b), batch))
+                f = dual.primal.clone()
+                Jv = torch.zeros_like(f) if dual.tangent is None else dual.tangent.clone()
+                u = metric(f, batch)(Jv)
+            pull(objective, outputs, (b, batch, share), u)
+        return objective.collected()
+
+
+def pull(objective: ShardedObjective, outputs: Outputs, round: Round, u: Tensor) -> None:
+    """Add ``share Jᵀ u`` to the gradients."""
+    b, batch, share = round
+    with objective.together():
+        f = outputs(objective.model.place(b), batch)
+    objective.backward((f * u.to(f.dtype)).sum(), share)

@@ -1,0 +1,111 @@
+"""f(θ) = Σ_b w_b L_b(θ) / Σ_b w_b over the batches of all ranks, at a θ in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchlinop.batches import Batch
+from torchlinop.distributed.agreement import raise_together
+from torchlinop.distributed.rank_data import DataRanks, RankData
+from torchlinop.distributed.sharded_layout import ShardedLayout
+from torchlinop.distributed.sharded_model import ShardedModel
+from torchlinop.distributed.sharded_space import ShardedSpace
+from torchlinop.objective import LossFn, scalar
+from torchlinop.progress import batches_shown
+
+Outputs = Callable[[nn.Module, Any], Tensor]
+Round = tuple[int, Batch, float]  # number of a batch, the batch, its share of the mean
+
+
+@dataclass(frozen=True)
+class ShardedObjective:
+    """The function that is differentiated, the model in shards, and the data of this rank."""
+
+    function: LossFn  # (model, batch) -> scalar
+    model: ShardedModel
+    layout: ShardedLayout
+    space: ShardedSpace
+    data: RankData
+    ranks: DataRanks
+    group: dist.ProcessGroup  # all ranks that hold the model
+    averages: bool  # whether a backward pass averages gradients over the ranks (FSDP2)
+
+    @property
+    def description(self) -> list[str]:
+        """Facts for people: model and tensors, data and weights, ranks, mode."""
+        layout, data = self.layout.layout, self.data
+        everything = len(layout.slots) + len(layout.frozen) + len(layout.filtered)
+        mean = "mean" if data.weighting.mean else "sum"
+        size = f"{data.samples:,} samples in " if data.samples else ""
+        return [
+            f"{type(self.model.module).__name__}, {len(layout.slots)} of {everything} tensors",
+            f"{size}{data.batches:,} batches on {self.ranks.size} ranks, "
+            f"{mean} over {data.weighting.unit}",
+            f"{self.model.mode} mode",
+        ]
+
+    def rounds(self) -> Iterator[Round]:
+        """The batches of this rank and their shares; as many rounds on every rank."""
+        return iter(batches_shown(iter(self.data), self.data.rounds))
+
+    def first_round(self) -> list[Round]:
+        """One batch of every rank, the mean over ranks."""
+        b, batch, _ = next(iter(self.data))
+        return [(b, batch, 1 / self.ranks.size)]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises inside, all ranks raise, before the next collective.
+
+        Costs an all-reduce of one number. Errors between the collectives of a forward pass leave
+        the other ranks waiting, until their process group times out.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if self.space.agree(error is not None):
+            raise_together(error, self.group)
+
+    def value(self, b: int, batch: Batch) -> Tensor:
+        """L_b, a scalar, on all ranks or on none."""
+        with self.together():
+            loss = scalar(self.function(self.model.place(b), batch))
+        return loss
+
+    def backward(self, scalar_value: Tensor, share: float) -> None:
+        """Add ``share ∇scalar_value``, summed over ranks, to the gradients of the shards."""
+        factor = share * self.ranks.size if self.averages else share
+        (scalar_value * factor).backward()  # type: ignore[no-untyped-call]
+
+    def collected(self) -> Tensor:
+        """The local vector of what backward passes have added up."""
+        local = self.model.take_gradients()
+        return local if self.averages else self.ranks.sum(local)
+
+    def loss(self) -> Tensor:
+        """f(θ): a scalar tensor, the same on all ranks. One forward pass over the data."""
+        with self.model.borrowed(), torch.no_grad():
+            total = torch.zeros((), dtype=torch.float64, device=self.space.device)
+            for b, batch, share in self.rounds():
+                total += share * self.value(b, batch)
+        return self.ranks.sum(total).to(self.space.dtype)
+
+    def gradient(self) -> Tensor:
+        """∇f(θ): the local vector. One forward and backward pass over the data."""
+        with self.model.borrowed():
+            return self.gradient_here(self.rounds())
+
+    def gradient_here(self, rounds: Iterable[Round]) -> Tensor:
+        """The gradient at what is in the shards; to be called while the model is borrowed."""
+        for b, batch, share in rounds:
+            self.backward(self.value(b, batch), share)
+        return self.collected()
