@@ -35,6 +35,8 @@ def united(objective: AnyObjective, ranks: Ranks) -> AnyObjective:
         WeightingError: the weights of the ranks are unknown, or contradict each other.
         EmptyDataError: a rank has no loss term.
     """
+    if objective.ranks == ranks:
+        return objective
     with ranks.agreed():
         mine = _Facts.of(objective)
     _refuse_other_models(ranks.gathered(mine))

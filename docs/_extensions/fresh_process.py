@@ -1,4 +1,4 @@
-"""Each example of the gallery begins as a process of its own would: threads, seeds and log levels."""
+"""Each example of the gallery begins as a process of its own would: threads and seeds."""
 
 from __future__ import annotations
 

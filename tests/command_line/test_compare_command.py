@@ -1,8 +1,6 @@
-"""``python -m torchlinop compare``: a table, a page, and one sentence for bad input."""
+"""``torchlinop compare``: a table, a page, and one sentence for bad input."""
 
 import json
-import subprocess
-import sys
 import uuid
 
 import pytest
@@ -16,6 +14,9 @@ from torchlinop.testing import RotatedOperator, spectra
 
 def build():
     return RotatedOperator(spectra.neural(60))
+
+def two():
+    return {"a": build(), "b": build()}
 
 def broken():
     raise KeyError("what")
@@ -36,11 +37,21 @@ def module(tmp_path, monkeypatch):
 
 def test_a_table_a_page_and_numbers(module, tmp_path, capsys):
     page, numbers = tmp_path / "out.html", tmp_path / "out.json"
-    code = main(["compare", f"{module}:build", *QUICK, "--html", str(page), "--json", str(numbers)])
+    code = main(["compare", f"{module}:build", *QUICK, "--html", str(page), "--out", str(numbers)])
     assert code == 0
     assert "torchlinop lanczos" in capsys.readouterr().out
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert json.loads(numbers.read_text())["rows"][0]["converged"] == 3
+
+
+def test_all_numbers_are_printed_as_one_json_object(module, capsys):
+    assert main(["compare", f"{module}:two", *QUICK, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+
+
+def test_the_matrix_of_a_model_is_compared_on(mlp, capsys):
+    assert main(["compare", mlp, *QUICK, "--operator", "ggn"]) == 0
+    assert "torchlinop lanczos" in capsys.readouterr().out
 
 
 def test_a_file_will_do_in_place_of_a_module(tmp_path, capsys):
@@ -55,10 +66,10 @@ def test_a_file_will_do_in_place_of_a_module(tmp_path, capsys):
     [
         ("no_such_module_here:build", "could not import 'no_such_module_here': ModuleNotFound"),
         ("no_such_file.py:build", "could not import 'no_such_file.py': FileNotFoundError"),
-        ("MODULE", "expected MODULE:FUNCTION, got"),
-        ("MODULE:", "expected MODULE:FUNCTION, got"),
+        ("MODULE", "expected MODULE:FUNCTION or FILE.py:FUNCTION, got"),
+        ("MODULE:", "expected MODULE:FUNCTION or FILE.py:FUNCTION, got"),
         ("MODULE:nope", "expected a function 'nope' in"),
-        ("MODULE:number", "which has build, broken; name one"),
+        ("MODULE:number", "which has build, two, broken; name one"),
         ("MODULE:broken", "broken raised KeyError: 'what'"),
     ],
 )
@@ -75,16 +86,11 @@ def test_a_bad_spec_is_one_sentence_and_code_2(spec, sentence, module, capsys):
     [
         (["--solver", "nope"], "unknown eigensolver 'nope'"),
         (["-k", "0"], "expected k and seconds to be positive"),
-        (["--json", "."], "error: . is a folder; give the name of a file"),
+        (["--out", "."], "error: . is a folder; give the name of a file"),
+        (["--out", __file__], "exists; pass --overwrite, or the name of another file"),
         (["--html", "/no/such/folder/out.html"], "no folder /no/such/folder to write out.html"),
     ],
 )
 def test_a_bad_option_is_one_sentence_and_code_2(options, sentence, module, capsys):
     assert main(["compare", f"{module}:build", *QUICK, *options]) == 2
     assert sentence in capsys.readouterr().err
-
-
-def test_the_package_is_a_command():
-    command = [sys.executable, "-m", "torchlinop", "compare", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "MODULE:build" in done.stdout

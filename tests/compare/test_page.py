@@ -1,5 +1,6 @@
 """The page of a comparison: whole by itself, escaped, with all that the table has."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -78,6 +79,18 @@ def test_failures_and_false_claims_are_marked(page):
     assert page.count('class="badge wrong"') == 2
     assert "1 of the eigenvalues wanted are missing" in page
     assert "ValueError: &lt;script&gt;" in page
+
+
+def test_a_name_with_half_a_surrogate_pair_is_written(tmp_path):
+    A = RotatedOperator(spectra.neural(60))
+    found = compare(
+        {"file \udcff": A}, 3, solvers=["scipy eigsh"], seeds=1, memory=False, histories=False
+    )
+    text = found.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h2>file ?</h2>" in text
+    found.save(tmp_path / "rows.json")
+    saved = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert saved["rows"][0]["problem"] == "file \udcff"
 
 
 def test_points_are_where_their_logarithms_are():

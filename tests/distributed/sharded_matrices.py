@@ -11,7 +11,7 @@ from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.testing.gallery import with_spectrum
 
-N, REPLICATED = 120, 7
+N, REPLICATED = 60, 7
 
 
 def uneven(n: int = N, replicated: int = REPLICATED, dtype: torch.dtype = torch.float64):

@@ -18,7 +18,7 @@ from torchlinop.losses import (
     PoissonRateNLL,
     SmoothL1,
 )
-from torchlinop.losses.elementwise import poisson_quantile
+from torchlinop.losses.poisson import poisson_quantile
 
 W = torch.tensor([0.5, 2.0, 1.3], dtype=torch.float64)
 RHO = torch.tensor([3.0, 0.4, 1.0], dtype=torch.float64)

@@ -73,6 +73,22 @@ def test_an_operator_that_hands_its_input_through_gives_a_copy():
     assert torch.equal(v, torch.ones_like(v))
 
 
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_product_may_be_a_double_backward_pass_wherever_it_is_called(context, columns):
+    theta = torch.linspace(-1, 1, 6, dtype=torch.float64).requires_grad_()
+
+    def hessian_times(v):
+        gradient = torch.autograd.grad(theta.pow(4).sum() / 12, theta, create_graph=True)[0]
+        return torch.autograd.grad(gradient, theta, v, create_graph=True)[0]
+
+    H = LambdaOperator(6, hessian_times, dtype=torch.float64)
+    with context():
+        AV = H @ torch.ones(6, columns, dtype=torch.float64)
+    assert not AV.requires_grad
+    torch.testing.assert_close(AV, theta.detach().square()[:, None].expand(6, columns))
+
+
 def test_a_hessian_that_is_the_identity_gives_a_copy():
     model = torch.nn.Linear(3, 1, bias=False).double()
     H = HessianOperator(model, [torch.ones(1, 1)], lambda m, b: m.weight.pow(2).sum() / 2)

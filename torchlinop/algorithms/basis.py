@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchlinop.algorithms.large_pages import empty_rows
 from torchlinop.space import VectorSpace
 
 _GROUP = 8  # stored vectors converted at once, where they are stored coarser or elsewhere
@@ -41,7 +40,9 @@ class Basis:
         n = len(start)
         self.space = space
         self.dtype, self.device = start.dtype, start.device
-        self.rows = empty_rows(capacity, n, dtype or start.dtype, device or start.device)
+        self.rows = torch.empty(
+            capacity, n, dtype=dtype or start.dtype, device=device or start.device
+        )
         self.direct = self.rows.dtype == start.dtype and self.rows.device == start.device
         coarser = self.rows.dtype != start.dtype
         self._room: Tensor | None = None  # what was handed out last
@@ -81,7 +82,7 @@ class Basis:
 
     def combine(self, Y: Tensor) -> Tensor:
         """``V Y``, new memory (n, p)."""
-        X = empty_rows(Y.shape[1], self.rows.shape[1], self.dtype, self.device).zero_().mT
+        X = torch.zeros(Y.shape[1], self.rows.shape[1], dtype=self.dtype, device=self.device).mT
         Y = Y.to(device=self.device, dtype=self.dtype)
         for columns, V in self._groups(0, len(Y)):
             X.addmm_(V, Y[columns])

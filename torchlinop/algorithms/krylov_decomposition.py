@@ -22,6 +22,9 @@ Loss = Literal["none", "some", "all"]  # of the columns of a block, to their bre
 # and by that of Y, up to three times what is seen in T Y (both measured, in 1 to 1600 restarts).
 _ROTATION = 0.5
 _EIGH = 3.0
+# Half precision rounds vectors by a quarter of its ε. What that does to products is seen in T, and
+# in S, by as many numbers as V has columns: with two, a claim may be five times too small.
+_FEW = 12.0
 
 
 class KrylovDecomposition:
@@ -40,6 +43,7 @@ class KrylovDecomposition:
         self.products, self.basis, self.seed = products, basis, seed
         self.capacity = capacity
         self.eps, self.breakdown = roundoff(dtype), breakdown(dtype)
+        self._unseen = _FEW if self.eps > torch.finfo(start.dtype).eps else 0.0
         self.watch = SymmetryWatch(products, seed, stored)
         self.T = torch.zeros(
             (self._rows(), self._rows()), dtype=small_dtype(start.dtype), device=start.device
@@ -131,7 +135,7 @@ class KrylovDecomposition:
         theta, Y = values[order], vectors[:, order]
         coupling, norm = T[j:] @ Y, float(values.abs().max())
         self.scaled = norm > 0
-        floor = 2 * self.eps * norm
+        floor = (2 + self._unseen / max(j, 1)) * self.eps * norm
         # Errors of different columns, and those in T, are independent: squares are added.
         inherited = (errors**2) @ Y.abs() ** 2
         if self.basis.direct:  # else T has the rounding of what is stored, which a clean-up removes

@@ -11,7 +11,6 @@ import torchlinop
 from torchlinop.command_line import compare, demo, density, doctor, eigs, show, trace
 from torchlinop.command_line.report import note, print_error, told_on_stderr
 from torchlinop.command_line.run import BAD_INPUT, NOT_CONVERGED
-from torchlinop.errors import TorchlinopError
 
 _COMMANDS = (demo, doctor, eigs, trace, density, compare, show)  # each has ``add(subparsers)``
 _DETAIL = """\
@@ -31,11 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             note("stopped before there was a result")
             return NOT_CONVERGED
-        except TorchlinopError as error:
+        except Exception as error:
             print_error(error, verbose=options.verbose)
-            return BAD_INPUT
-        except Exception as error:  # of the user's model, mostly
-            print_error(error, verbose=options.verbose, kind=f"{type(error).__name__}: ")
             return BAD_INPUT
     return code
 

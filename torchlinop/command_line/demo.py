@@ -25,5 +25,7 @@ def _run(options: argparse.Namespace) -> int:
         main()
     except ModuleNotFoundError as error:
         raise OptionError(f"{error}") from error
-    print("\nYour own model: torchlinop doctor my_model.py:build (torchlinop eigs --help tells how)")
+    print(
+        "\nYour own model: torchlinop doctor my_model.py:build (torchlinop eigs --help tells how)"
+    )
     return 0

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from torchlinop.command_line.report import place_of
 from torchlinop.errors import TorchlinopError, TorchlinopWarning
 
 Level = Literal["ok", "note", "warning", "FAULT"]
@@ -34,14 +35,12 @@ def examining(subject: str, findings: list[Finding]) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            fault = Finding("FAULT", subject, f"{type(error).__name__}: {error}")
-            findings.append(fault if isinstance(error, TorchlinopError) else _raised(fault))
+            findings.append(Finding("FAULT", subject, _told(error)))
     findings.extend(
         Finding("warning", subject, f"{w.category.__name__}: {w.message}") for w in warned
     )
 
 
-def _raised(fault: Finding) -> Finding:
-    """An error that is none of ours: of the model or the loss."""
-    text = f"the model or the loss raised {fault.text}; call loss(model, batch) in Python"
-    return Finding(fault.level, fault.subject, text)
+def _told(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return text if isinstance(error, TorchlinopError) else f"raised {text} ({place_of(error)})"

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 import warnings
@@ -13,8 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+import torchlinop
 from torchlinop.algorithms.result import Result
-from torchlinop.errors import NotConvergedWarning, TorchlinopWarning
+from torchlinop.errors import NotConvergedWarning, TorchlinopError, TorchlinopWarning
 
 
 def print_result(result: Result, options: argparse.Namespace, **facts: Any) -> None:
@@ -35,12 +39,24 @@ def note(sentence: str) -> None:
     print(" ".join(sentence.split()), file=sys.stderr, flush=True)
 
 
-def print_error(error: Exception, *, verbose: bool, kind: str = "") -> None:
-    """One sentence on stderr; where it arose, if that is asked for."""
+def print_error(error: Exception, *, verbose: bool) -> None:
+    """One sentence on stderr; all that led to it, if that is asked for."""
     if verbose:
         traceback.print_exception(error)
-    advice = "; pass --verbose to see where" if kind and not verbose else ""
-    note(f"error: {kind}{error}{advice}")
+    if isinstance(error, TorchlinopError):
+        note(f"error: {error}")
+    else:  # of the user's model, mostly
+        what = f"{type(error).__name__}: {error}"
+        note(f"error: {what} ({place_of(error)}); pass --verbose to see all of it")
+
+
+def place_of(error: BaseException) -> str:
+    """The last line outside of torch and this package that led to the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = tuple(os.path.dirname(package.__file__) + os.sep for package in (torch, torchlinop))
+    own = [frame for frame in frames if not frame.filename.startswith((*packages, "<"))]
+    place = (own or frames)[-1]
+    return f"{os.path.basename(place.filename)}, line {place.lineno}"
 
 
 @contextmanager

@@ -87,12 +87,14 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to a file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        # Half a surrogate pair, as of file names, is an escape of JSON.
+        content = (self.to_json() + "\n").encode("utf-8", "backslashreplace")
+        Path(path).write_bytes(content)
 
     def to_html(self, path: str | Path) -> Path:
         """Write a page of its own, which loads nothing from elsewhere, and return its path."""
         target = Path(path)
-        target.write_text(page(self), encoding="utf-8")
+        target.write_text(page(self), encoding="utf-8", errors="replace")
         return target
 
     def to_dataframe(self) -> Any:

@@ -156,8 +156,9 @@ NOTES = (
     "Residuals, orthogonality, errors, ghosts and missed eigenvalues are measured afterwards, in "
     "float64, by products that do not count. Costs are medians of the seeds, with the range in "
     "parentheses; accuracy is that of the worst seed.",
-    "A claim is false where it fails by more than a tenth and ten roundoffs of ‖A‖. Vectors of a "
-    "symmetric matrix are orthogonal where max |XᵀX − I| is at most 1e-3, or 10 tol if that is more.",
+    "A claim is false where it fails by more than a tenth and ten roundoffs of ‖A‖. An "
+    "answer of small residuals is wrong all the same where eigenvalues are missing, or where max "
+    "|XᵀX − I| is more than 1e-3, and than 10 tol.",
     "Memory is that of one more run. On the CPU: arrays of at least half a vector, of torch after "
     "every operation, of NumPy at products 1, 2, 4, 8 and so on.",
     "A point of a history is a run of its own, with a smaller budget, or, for solvers that take "

@@ -24,7 +24,7 @@ from torchlinop.errors import (
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.check import CheckReport
 from torchlinop.operators.hessian import HessianOperator
-from torchlinop.testing.gallery import Problem
+from torchlinop.testing.model_problem import Problem
 from torchlinop.testing.problems import EigenProblem
 from torchlinop.testing.spectra import wanted
 

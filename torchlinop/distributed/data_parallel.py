@@ -38,7 +38,7 @@ class GroupRanks:
 
     @property
     def name(self) -> str:
-        return f"rank {self.number} of {dist.get_world_size(self.group)}"
+        return f"on {dist.get_world_size(self.group)} ranks"
 
     @property
     def number(self) -> int:

@@ -37,11 +37,10 @@ def group_norm(
     return scaled if bias is None else scaled + bias.view(channels)
 
 
-def mse_loss(input: Tensor, target: Tensor, *legacy: Any, **options: Any) -> Tensor:
+def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any) -> Tensor:
     """The mean, sum or tensor of squared differences."""
-    reduction = options.pop("reduction", "mean")
-    if legacy or any(value is not None for value in options.values()):
-        return F.mse_loss(input, target, *legacy, reduction=reduction, **options)
+    if any(value is not None for value in options.values()):
+        return F.mse_loss(input, target, reduction=reduction, **options)
     squares = (input - target) * (input - target)
     if reduction == "none":
         return squares

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchlinop.batches import Batch
-from torchlinop.distributed import torch_private
 from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.distributed.tangents import tangents
 from torchlinop.losses.base import OutputMap
 
 # (outputs, batch) -> u ↦ M u
@@ -35,7 +35,7 @@ class DualNumbers:
         for b, batch, share in rounds:
             with (
                 forward_ad.dual_level(),
-                torch_private.tangents(module, direction, reverse=True),
+                tangents(module, direction, reverse=True),
             ):
                 objective.backward(objective.value(b, batch), share)
         return objective.collected()
@@ -54,7 +54,7 @@ class DualNumbers:
         for b, batch, share in rounds:
             with (
                 forward_ad.dual_level(),
-                torch_private.tangents(module, direction, reverse=False),
+                tangents(module, direction, reverse=False),
                 torch.no_grad(),
                 objective.together(),
             ):

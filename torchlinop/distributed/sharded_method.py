@@ -128,9 +128,7 @@ def _tried(
         return None, str(error).splitlines()[0]
 
 
-def _compare(
-    exact: Tensor, method: Method, objective: ShardedObjective, product: Product
-) -> None:
+def _compare(exact: Tensor, method: Method, objective: ShardedObjective, product: Product) -> None:
     """Raise ShardingError unless the product of one batch is that of finite differences.
 
     Those of the usual step at first; only where they are far off is the best step looked for.

@@ -84,7 +84,7 @@ class ShardedObjective:
     def backward(self, scalar_value: Tensor, share: float) -> None:
         """Add ``share ∇scalar_value``, summed over ranks, to the gradients of the shards."""
         factor = share * self.ranks.size if self.averages else share
-        (scalar_value * factor).backward()  # type: ignore[no-untyped-call]
+        (scalar_value * factor).backward()
 
     def collected(self) -> Tensor:
         """The local vector of what backward passes have added up."""

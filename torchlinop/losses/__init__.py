@@ -2,18 +2,9 @@
 
 from torchlinop.losses.autograd import AutogradLoss, WithHvp
 from torchlinop.losses.base import LossOfOutput, OutputMap, Terms, Uniform
+from torchlinop.losses.binary_cross_entropy import BinaryCrossEntropyWithLogits
 from torchlinop.losses.cross_entropy import CrossEntropy
-from torchlinop.losses.elementwise import (
-    BinaryCrossEntropyWithLogits,
-    ElementwiseLikelihood,
-    ElementwiseLoss,
-    GaussianNLL,
-    Huber,
-    MeanSquaredError,
-    PoissonNLL,
-    PoissonRateNLL,
-    SmoothL1,
-)
+from torchlinop.losses.elementwise import ElementwiseLikelihood, ElementwiseLoss
 from torchlinop.losses.huggingface import (
     hf_lm_forward,
     hf_lm_loss,
@@ -23,6 +14,8 @@ from torchlinop.losses.huggingface import (
     hf_seq2seq_loss,
     hf_seq2seq_loss_of_output,
 )
+from torchlinop.losses.poisson import PoissonNLL, PoissonRateNLL
+from torchlinop.losses.real_targets import GaussianNLL, Huber, MeanSquaredError, SmoothL1
 from torchlinop.losses.recognition import criterion, loss_of_output
 from torchlinop.losses.supervised import (
     cross_entropy_loss_of_output,

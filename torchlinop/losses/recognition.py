@@ -16,17 +16,11 @@ from torch.nn.modules.loss import _Loss
 from torchlinop.errors import OptionError
 from torchlinop.losses.autograd import AutogradLoss, WithHvp
 from torchlinop.losses.base import LossOfOutput
+from torchlinop.losses.binary_cross_entropy import BinaryCrossEntropyWithLogits
 from torchlinop.losses.cross_entropy import CrossEntropy
-from torchlinop.losses.elementwise import (
-    BinaryCrossEntropyWithLogits,
-    GaussianNLL,
-    Huber,
-    MeanSquaredError,
-    PoissonNLL,
-    PoissonRateNLL,
-    SmoothL1,
-)
 from torchlinop.losses.given import OfBatch, OfTargets, Targets, unchanged
+from torchlinop.losses.poisson import PoissonNLL, PoissonRateNLL
+from torchlinop.losses.real_targets import GaussianNLL, Huber, MeanSquaredError, SmoothL1
 from torchlinop.losses.targets import targets_of
 
 log = logging.getLogger("torchlinop")

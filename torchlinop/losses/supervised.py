@@ -11,8 +11,8 @@ from torchlinop.batches import Batch
 from torchlinop.losses.autograd import AutogradLoss
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.cross_entropy import CrossEntropy
-from torchlinop.losses.elementwise import MeanSquaredError
 from torchlinop.losses.of_model import LossOfModel
+from torchlinop.losses.real_targets import MeanSquaredError
 from torchlinop.losses.recognition import criterion as recognised
 from torchlinop.losses.targets import INPUTS, TARGETS, named_parts, unclear
 from torchlinop.weighting import Weighting

@@ -118,7 +118,7 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
         raise SymmetryError(
             f"|<u,Av>-<v,Au>| = {report.symmetry:.0e}, linearity defect {report.linearity:.0e}, "
             f"repeatability {report.repeatability:.0e}; noise floor {report.noise:.0e} of the "
-            f"product of {operator!r}. Look for randomness in the product"
+            f"product of {operator!r}. Make the product symmetric, or look for randomness in it"
         )
     if report.finite and report.noise > eps**0.5:
         warnings.warn(

@@ -33,8 +33,9 @@ class LambdaOperator(CurvatureOperator):
     """A symmetric matrix given by its product ``matvec: (n,) -> (n,)``.
 
     ``matmat: (n, k) -> (n, k)`` takes blocks in one call; without it, columns are taken one by
-    one. They must not write into what they are given, which a solver may share. Results are
-    copied, as nothing is known about the memory they are in.
+    one. They must not write into what they are given, which a solver may share, and are called
+    with gradients enabled, for they may be backward passes of their own. Results are copied, as
+    nothing is known about the memory they are in.
 
     Example:
         >>> LambdaOperator(3, lambda v: 2.0 * v) @ torch.ones(3)
@@ -56,14 +57,15 @@ class LambdaOperator(CurvatureOperator):
         self._of_block = matmat or self._column_by_column
 
     def _matmat(self, V: Tensor) -> Tensor:
-        AV = self._of_vector(V[:, 0])[:, None] if V.shape[1] == 1 else self._of_block(V)
+        with torch.enable_grad():
+            AV = self._of_vector(V[:, 0])[:, None] if V.shape[1] == 1 else self._of_block(V)
         if AV.shape != V.shape or AV.dtype != V.dtype or AV.device != V.device:
             raise VectorError(
                 f"expected the product to return {V.dtype} of shape {tuple(V.shape)} on "
                 f"{V.device}, got {AV.dtype} of shape {tuple(AV.shape)} on {AV.device}; "
                 "return the product in the form of its argument"
             )
-        return AV.clone(memory_format=torch.contiguous_format)
+        return AV.detach().clone(memory_format=torch.contiguous_format)
 
     def _column_by_column(self, V: Tensor) -> Tensor:
         return torch.stack([self._of_vector(v) for v in V.unbind(1)], dim=1)

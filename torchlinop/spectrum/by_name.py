@@ -13,13 +13,13 @@ from torchlinop.batches import Batch
 from torchlinop.errors import OptionError
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.cross_entropy import CrossEntropy
-from torchlinop.losses.elementwise import MeanSquaredError
 from torchlinop.losses.huggingface import (
     hf_lm_forward,
     hf_lm_loss_of_output,
     hf_seq2seq_loss_of_output,
 )
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
+from torchlinop.losses.real_targets import MeanSquaredError
 from torchlinop.losses.recognition import loss_of_output
 from torchlinop.losses.supervised import supervised_forward
 from torchlinop.losses.targets import named_parts, targets_of

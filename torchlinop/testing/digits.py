@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from torchlinop.testing.gallery import Problem, cross_entropy, in_batches
+from torchlinop.testing.model_problem import Problem, cross_entropy, in_batches
 
 _SIZES = (256,) * 7 + (5,)  # 1,797 samples: the last batch is ragged
 

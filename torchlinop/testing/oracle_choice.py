@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.testing.dense_kfac import Metric, dense_kfac
-from torchlinop.testing.gallery import unreduced
+from torchlinop.testing.model_problem import unreduced
 from torchlinop.testing.oracles import (
     curvlinops_empirical_fisher,
     curvlinops_ggn,

@@ -16,7 +16,8 @@ from torchlinop.operators.gauss_newton import GGNOperator
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.testing import spectra
 from torchlinop.testing.digits import digits, digits_mlp, digits_softmax
-from torchlinop.testing.gallery import of_inputs, with_spectrum
+from torchlinop.testing.gallery import with_spectrum
+from torchlinop.testing.model_problem import of_inputs
 from torchlinop.testing.oracles import dense_hessian
 from torchlinop.testing.rotated import RotatedOperator
 

@@ -20,7 +20,8 @@ from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
 from torchlinop.testing import spectra as prescribed
-from torchlinop.testing.gallery import Problem, in_batches, supervised, with_spectrum
+from torchlinop.testing.gallery import with_spectrum
+from torchlinop.testing.model_problem import Problem, in_batches, supervised
 from torchlinop.testing.rotated import RotatedOperator
 
 _DTYPES = (torch.float32, torch.float64)

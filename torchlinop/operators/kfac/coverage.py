@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -128,16 +129,41 @@ def survey(objective: OutputObjective, unused: Sequence[str], gradients: bool) -
     So a parameter that is also used outside of its layer is found, as is a layer that computes
     something else than its class says, or whose rows belong to other samples. ``gradients=False``
     leaves out layers that need them. Costs a forward and ``2 + 2 log₂ N`` backward passes of all
-    data, and up to twice more forward and backward where an input seems to serve all samples.
+    data, and up to twice more forward and backward where an input seems to serve all samples. What
+    processes find in their data is put together: a parameter has to be explained by all.
 
     Raises:
         NonFiniteError: inputs of layers, outputs or gradients are NaN or infinite.
     """
-    layout, module = objective.layout, objective.model.module
-    uses, missing = _candidates(layout, module, gradients)
-    for name in unused:
+    ranks = objective.ranks
+    uses, missing = _candidates(objective.layout, objective.model.module, gradients)
+    never_used = set.intersection(*map(set, ranks.gathered(unused)))
+    for name in never_used:
         missing.pop(name, None)
         uses.pop(name, None)
+    with ranks.agreed():
+        uses, seen = _survey_here(objective, uses, missing)
+    of_ranks = ranks.gathered(seen)
+    missing = dict(ChainMap(*(dict(theirs.missing) for theirs in of_ranks)))
+    unseen = set.intersection(*(set(theirs.unseen) for theirs in of_ranks))
+    uses = _with_shared(uses, {name for theirs in of_ranks for name in theirs.shared})
+    explained = {n: of_slot for n, of_slot in uses.items() if n not in {*missing, *unseen}}
+    return Survey(_distinct(explained), explained, missing, tuple(sorted({*unseen, *never_used})))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the data of a process tell, by names of slots and layers."""
+
+    missing: Mapping[str, str]
+    unseen: set[str]  # without influence
+    shared: set[str]  # layers
+
+
+def _survey_here(
+    objective: OutputObjective, uses: Uses, missing: Mapping[str, str]
+) -> tuple[Uses, _Seen]:
+    uses, missing = dict(uses), dict(missing)
     unseen = set(uses) | set(missing)
     with closing(numbered(objective)) as batches:  # type: ignore[type-var]  # a generator
         for b, batch, _ in batches:
@@ -146,9 +172,9 @@ def survey(objective: OutputObjective, unused: Sequence[str], gradients: bool) -
             unseen -= result.found.keys()
             uses.update(result.uses)
             missing.update({name: reason for name, reason in result.found.items() if reason})
-    missing = {name: reason for name, reason in missing.items() if name not in unseen}
-    explained = {n: of_slot for n, of_slot in uses.items() if n not in {*missing, *unseen}}
-    return Survey(_distinct(explained), explained, missing, tuple(sorted({*unseen, *unused})))
+    seen = {name: reason for name, reason in missing.items() if name not in unseen}
+    shared = {layer.name for layer in _distinct(uses) if layer.shared}
+    return uses, _Seen(seen, unseen, shared)
 
 
 def _candidates(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from torchlinop.operators.eigenbasis import (
     averaged_over_eigenspaces,
     common_eigenbasis,
 )
-from torchlinop.operators.kfac.features import Features
 from torchlinop.operators.kfac.layers import KroneckerLayer, Layer
 from torchlinop.operators.kfac.tape import Tape, numbered, recorded
 from torchlinop.operators.kfac.uses import (
@@ -35,12 +35,21 @@ from torchlinop.operators.kronecker import (
     diagonal_block,
     kronecker_sum,
 )
+from torchlinop.ranks import Ranks
 
 Entries = slice | Tensor
 
 
+@dataclass(kw_only=True)
 class Observer:
     """Sums over batches, in float64, of what each gives in the dtype of the parameters."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)  # by what they are of
+
+    def add(self, of: str, term: Tensor, share: float = 1.0) -> None:
+        """``total += share · term``."""
+        term = share * term.double()
+        self.totals[of] = self.totals[of].add_(term) if of in self.totals else term
 
     def see_inputs(self, tape: Tape) -> None:
         """Once for every batch."""
@@ -49,6 +58,7 @@ class Observer:
         """For every chunk of vectors (k, *outputs.shape) that was backpropagated."""
 
 
+@dataclass(kw_only=True)
 class Part(Observer, ABC):
     """A block in the making."""
 
@@ -71,25 +81,6 @@ class Constant(Part):
         return self.finished
 
 
-@dataclass(frozen=True)
-class InputMoment:
-    """Sums for ``A``, the mean of ``a aᵀ``."""
-
-    total: Tensor
-    number: Tensor
-
-    @classmethod
-    def of(cls, features: Features) -> InputMoment:
-        return cls(features.moment().double(), features.counted.sum().double())
-
-    def __add__(self, other: InputMoment) -> InputMoment:
-        return InputMoment(self.total + other.total, self.number + other.number)
-
-    @property
-    def A(self) -> Tensor:  # noqa: N802  # a matrix
-        return self.total / self.number.clamp_min(1)
-
-
 @dataclass
 class GradientMoment(Observer):
     """``B = Σ_v Σ_ns g gᵀ`` of a layer, for its weight and its bias.
@@ -100,24 +91,22 @@ class GradientMoment(Observer):
     layer: KroneckerLayer
     reduced: bool
     with_gradients: bool
-    total: Tensor | None = None
 
     def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
         if self.layer.name in gradients:
             g = gradients[self.layer.name]
             g = g.sum(2, keepdim=True) if self.reduced and self.layer.reducible else g
             rows = g.flatten(0, 2)
-            self.total = _plus(self.total, rows.mT @ rows, share)
+            self.add("B", rows.mT @ rows, share)
 
     def of_size(self, d_out: int, like: Tensor) -> Tensor:
         """B: (d_out, d_out), or its diagonal (d_out,)."""
-        if self.total is not None:
-            return self.total
-        return like.new_zeros(d_out) if self.with_gradients else like.new_ones(d_out)
+        unseen = like.new_zeros if self.with_gradients else like.new_ones
+        return self.totals["B"] if "B" in self.totals else unseen(d_out)
 
     @cached_property
     def basis(self) -> Eigenbasis | None:
-        return None if self.total is None else common_eigenbasis([self.total])
+        return common_eigenbasis([self.totals["B"]]) if "B" in self.totals else None
 
 
 @dataclass
@@ -134,15 +123,14 @@ class KroneckerPart(Part):
     uses: Sequence[KroneckerUse]
     reduced: bool
     gradients: Mapping[str, GradientMoment]  # by the name of the layer
-    inputs: dict[str, InputMoment] = field(default_factory=dict)
 
     def see_inputs(self, tape: Tape) -> None:
         for use in self.uses:
             if use.layer.name in tape.calls:
                 features = use.features(tape)
-                moment = InputMoment.of(features.reduced() if self.reduced else features)
-                earlier = self.inputs.get(use.layer.name)
-                self.inputs[use.layer.name] = earlier + moment if earlier else moment
+                features = features.reduced() if self.reduced else features
+                self.add(f"a aᵀ {use.layer.name}", features.moment())
+                self.add(f"number {use.layer.name}", features.counted.sum())
 
     def block(self, dtype: torch.dtype) -> KroneckerBlock:
         return self._eigendecomposition(dtype)[0]
@@ -153,14 +141,15 @@ class KroneckerPart(Part):
     def _eigendecomposition(
         self, dtype: torch.dtype
     ) -> tuple[KroneckerBlock, tuple[Eigenbasis, Eigenbasis]]:
-        called = [use for use in self.uses if use.layer.name in self.inputs]
+        called = [use for use in self.uses if f"a aᵀ {use.layer.name}" in self.totals]
         pairs = [self._pair(use) for use in called]
         bases = self._bases(called[0]) if len(called) == 1 else common_bases(pairs)
         return kronecker_sum(self.entries, pairs, bases, dtype), bases
 
     def _pair(self, use: KroneckerUse) -> tuple[Tensor, Tensor]:
         """The left and the right factor: B and A, or A and B where the weight is (d_in, d_out)."""
-        A = self.inputs[use.layer.name].A
+        number = self.totals[f"number {use.layer.name}"].clamp_min(1)
+        A = self.totals[f"a aᵀ {use.layer.name}"] / number
         first = use.layer.inputs_first
         B = self.gradients[use.layer.name].of_size(self.shape[1 if first else 0], A)
         return (A, B) if first else (B, A)
@@ -186,19 +175,17 @@ class CorrectedPart(Part):
     uses: Sequence[KroneckerUse]
     uncorrected: KroneckerBlock
     bases: tuple[Eigenbasis, Eigenbasis]
-    moments: Tensor | None = None
 
     def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
         rotation = (self.uncorrected.left, self.uncorrected.right)
         entries = self.uncorrected.eigenvalues.numel()
         M = squared_over_uses(tape, gradients, self.uses, entries, rotation)
         if M is not None:
-            self.moments = _plus(self.moments, M, share)
+            self.add("λ", M, share)
 
     def block(self, dtype: torch.dtype) -> KroneckerBlock:
-        moments = self.moments
-        if moments is None:
-            moments = torch.zeros_like(self.uncorrected.eigenvalues, dtype=torch.float64)
+        unseen = torch.zeros_like(self.uncorrected.eigenvalues, dtype=torch.float64)
+        moments = self.totals.get("λ", unseen)
         roundoff = torch.finfo(dtype).eps
         for dim, basis in enumerate(self.bases):
             moments = averaged_over_eigenspaces(moments, basis, dim, roundoff)
@@ -212,7 +199,6 @@ class DensePart(Part):
     entries: Tensor
     uses: Sequence[list[Use]]  # for every tensor
     sizes: Sequence[int]
-    total: Tensor | None = None
 
     def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
         parts = [
@@ -222,12 +208,12 @@ class DensePart(Part):
         ]
         if parts:
             rows = torch.cat(parts, 2).flatten(0, 1)
-            self.total = _plus(self.total, rows.mT @ rows, share)
+            self.add("γ γᵀ", rows.mT @ rows, share)
 
     def block(self, dtype: torch.dtype) -> KroneckerBlock:
         size = sum(self.sizes)
         zeros = torch.zeros(size, dtype=torch.float64, device=self.entries.device)
-        C = zeros if self.total is None else self.total
+        C = self.totals.get("γ γᵀ", zeros)
         pairs = [(C, C.new_ones(1))]
         return kronecker_sum(self.entries, pairs, common_bases(pairs), dtype)
 
@@ -237,7 +223,6 @@ class DiagonalPart(Part):
     """``Σ_v Σ_n (J_nᵀ v)²``, the exact diagonal, one backward pass for every v and n."""
 
     entries: Tensor
-    total: Tensor | None = None
 
     def see_gradients(self, tape: Tape, V: Tensor, gradients: Gradients, share: float) -> None:
         sample_of = torch.arange(V.shape[1], device=V.device) // (V.shape[1] // tape.samples)
@@ -246,12 +231,11 @@ class DiagonalPart(Part):
                 v_n = v * (sample_of == n).view(-1, *[1] * (v.ndim - 1))
                 if v_n.any():
                     G = tape.parameter_gradient(v_n)[self.entries]
-                    self.total = _plus(self.total, G.square(), share)
+                    self.add("γ²", G.square(), share)
 
     def block(self, dtype: torch.dtype) -> KroneckerBlock:
         zeros = torch.zeros(len(self.entries), device=self.entries.device)
-        total = zeros if self.total is None else self.total
-        return diagonal_block(self.entries, total.to(dtype))
+        return diagonal_block(self.entries, self.totals.get("γ²", zeros).to(dtype))
 
 
 def collect(
@@ -262,12 +246,24 @@ def collect(
 ) -> None:
     """Show all data to the observers: of samples without a loss term, their inputs.
 
-    Costs a forward pass, and a backward pass for every vector.
+    Costs a forward pass, and a backward pass for every vector; where several processes have the
+    data between them, an all-reduce for every sum.
 
     Raises:
         KFACCoverageError: the input of a layer does not begin with the samples.
         NonFiniteError: derivatives of the loss are NaN or infinite.
     """
+    with objective.ranks.agreed():
+        _collect_here(objective, layers, observers, vectors)
+    _sum_over_ranks(objective.ranks, observers, objective.theta)
+
+
+def _collect_here(
+    objective: OutputObjective,
+    layers: Sequence[Layer],
+    observers: Sequence[Observer],
+    vectors: Vectors,
+) -> None:
     with closing(numbered(objective)) as batches:  # type: ignore[type-var]  # a generator
         for b, batch, share in batches:
             with recorded(objective, b, batch, layers) as tape:
@@ -294,6 +290,11 @@ def _refuse_nonfinite(V: Tensor, b: int) -> None:
         )
 
 
-def _plus(total: Tensor | None, term: Tensor, share: float = 1.0) -> Tensor:
-    term = share * term.double()
-    return term if total is None else total.add_(term)
+def _sum_over_ranks(ranks: Ranks, observers: Sequence[Observer], like: Tensor) -> None:
+    """Every sum over the data of all processes, some of which may have seen nothing for it."""
+    mine = [{of: t.shape for of, t in observer.totals.items()} for observer in observers]
+    of_ranks = ranks.gathered(mine)
+    for observer, *shapes in zip(observers, *of_ranks, strict=True):
+        for of, shape in sorted(dict(ChainMap(*shapes)).items()):
+            zeros = like.new_zeros(shape, dtype=torch.float64)
+            observer.totals[of] = ranks.sum(partial(observer.totals.get, of, zeros), zeros)

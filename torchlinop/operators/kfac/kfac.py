@@ -32,6 +32,8 @@ from torchlinop.operators.kfac.vectors import (
 from torchlinop.operators.kronecker import KroneckerBlock, KroneckerOperator
 from torchlinop.per_sample import refuse_mixed_samples
 from torchlinop.preflight import preflight
+from torchlinop.ranks import ALONE, Ranks
+from torchlinop.union import united
 
 Approximation = Literal["expand", "reduce"]
 
@@ -67,6 +69,7 @@ class KFACOperator(KroneckerOperator):
         unsupported: what becomes of parameters without a rule: ``"error"`` refuses them, ``"diag"``
             takes the exact diagonal of the matrix that is approximated, ``"identity"`` and
             ``"skip"`` an identity and a zero block.
+        ranks: processes that have other data; ``torchlinop.distributed.data_parallel`` gives them.
         **options: see ``ObjectiveOptions``.
 
     Computed here, once; neither model nor data are kept. Costs of finding out what is covered:
@@ -102,23 +105,26 @@ class KFACOperator(KroneckerOperator):
         mc_samples: int = 1,
         sampling_seed: int = 0,
         unsupported: Policy = "error",
+        ranks: Ranks = ALONE,
         **options: Unpack[ObjectiveOptions],
     ) -> None:
-        _refuse_unknown("fisher_type", fisher_type, get_args(FisherType))
-        _refuse_unknown("approximation", approximation, get_args(Approximation))
-        _refuse_unknown("unsupported", unsupported, get_args(Policy))
-        _refuse_bad_draws(mc_samples)
-        refuse_bad_seed("sampling_seed", sampling_seed)
         with_gradients = fisher_type != "forward-only"
-        if not with_gradients:
-            self._refuse_no_gradients(unsupported)
-        refuse_unfit_modules(unwrap(model))
-        objective = output_objective(
-            model, dataloader, forward_fn, loss_of_output_fn, of_samples=True, **options
-        )
-        vectors = _vectors(fisher_type, objective, mc_samples, sampling_seed)
-        refuse_mixed_samples(objective, objective.function.outputs)
-        facts = preflight(objective, second_order=False, of=objective.function.outputs)
+        with ranks.agreed():
+            _refuse_unknown("fisher_type", fisher_type, get_args(FisherType))
+            _refuse_unknown("approximation", approximation, get_args(Approximation))
+            _refuse_unknown("unsupported", unsupported, get_args(Policy))
+            _refuse_bad_draws(mc_samples)
+            refuse_bad_seed("sampling_seed", sampling_seed)
+            if not with_gradients:
+                self._refuse_no_gradients(unsupported)
+            refuse_unfit_modules(unwrap(model))
+            objective = output_objective(
+                model, dataloader, forward_fn, loss_of_output_fn, of_samples=True, **options
+            )
+            vectors = _vectors(fisher_type, objective, mc_samples, sampling_seed)
+            refuse_mixed_samples(objective, objective.function.outputs)
+            facts = preflight(objective, second_order=False, of=objective.function.outputs)
+        objective = united(objective, ranks)
         found = survey(objective, facts.unused, with_gradients)
         self.coverage = found.coverage(objective, unsupported)
         self.coverage.enforce()

@@ -1,0 +1,130 @@
+"""The command as a shell runs it: exit codes, streams, signals, and a run killed for good."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchlinop.algorithms.result import load_result
+
+SCRIPT = Path(sysconfig.get_path("scripts")) / "torchlinop"
+# A small network, which may kill its own process in a product.
+MODEL = """
+import os, signal
+import torch
+from torch import nn
+
+def build():
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    data = [(torch.randn(n, 12).double(), torch.randint(0, 5, (n,))) for n in (40, 24)]
+    return model, data, nn.CrossEntropyLoss()
+
+def dying():
+    from torchlinop import HessianOperator, LambdaOperator
+    from torchlinop.losses import supervised_loss
+    model, data, loss = build()
+    H = HessianOperator(model, data, supervised_loss(loss))
+    left = int(os.environ.get("PRODUCTS", 0))
+
+    def product(v):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+        return H @ v
+
+    return LambdaOperator(H.size, product, dtype=H.dtype)
+"""
+EIGS = ["-k", "4", "--which", "SA", "--ncv", "12", "--tol", "1e-8"]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """A function: words to what the command did, in a folder with ``my_model.py``."""
+    (tmp_path / "my_model.py").write_text(MODEL)
+
+    def run(*words, **environment):
+        command = [sys.executable, "-m", "torchlinop", *words]
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=variables, check=False
+        )
+
+    return run
+
+
+def assert_same_bits(a, b):
+    for name in ("eigenvalues", "eigenvectors", "residual_norms", "error_bounds", "converged"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+    assert (a.matvecs, a.restarts, a.status) == (b.matvecs, b.restarts, b.status)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_run_killed_halfway_goes_on_to_the_same_bits(how, shell, tmp_path):
+    spec = "my_model.py:dying"
+    assert shell("eigs", spec, *EIGS, "--out", "whole.safetensors").returncode == 0
+    whole = load_result(tmp_path / "whole.safetensors")
+    half = str(whole.matvecs // 2)
+    words = ["eigs", spec, *EIGS, "--out", "a.safetensors"]
+    killed = shell(*words, PRODUCTS=half, SIGNAL=how)
+    assert killed.returncode == (-signal.SIGKILL if how == "SIGKILL" else 1)
+    assert (tmp_path / "a.checkpoint").exists()
+    assert (tmp_path / "a.safetensors").exists() == (how == "SIGINT")
+    again = shell(*words, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert_same_bits(load_result(tmp_path / "a.safetensors"), whole)
+
+
+def test_results_are_on_stdout_and_nothing_is_on_stderr(shell):
+    done = shell("eigs", "my_model.py:build", "-k", "3", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads(done.stdout)["eigenvalues"]) == 3
+
+
+def test_a_module_of_this_folder_is_found_and_bad_input_is_one_sentence(shell):
+    done = shell("trace", "my_model:nothing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: expected a function 'nothing' in my_model, which has ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("torchlinop") is None and not SCRIPT.exists(), reason="no script")
+def test_the_console_script_is_the_same_command():
+    script = str(SCRIPT) if SCRIPT.exists() else "torchlinop"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __import__("torchlinop").__version__
+
+
+def test_the_demonstration_needs_no_file_of_ours(capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    from torchlinop.command_line import demo, main
+
+    monkeypatch.setattr(demo, "main", lambda: print("shown"))  # which CI runs by itself
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert "shown" in out
+    assert "Your own model: torchlinop doctor my_model.py:build" in out
+
+
+def test_a_demonstration_without_its_data_says_what_to_install(capsys, monkeypatch):
+    from torchlinop.command_line import main
+
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    __import__("torchlinop.testing.digits").testing.digits._trained.cache_clear()
+    assert main(["demo"]) == 2
+    assert 'pip install "torchlinop[demo]"' in capsys.readouterr().err
+
+
+def test_the_model_of_the_demonstration_is_a_spec(capsys):
+    pytest.importorskip("sklearn")
+    from torchlinop.command_line import main
+
+    assert main(["trace", "torchlinop.demo:build", "--max-matvecs", "16", "--json"]) == 0
+    assert "1,810x1,810 float64" in json.loads(capsys.readouterr().out)["operator"]
