@@ -87,6 +87,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "min_reported_time": 3600,
+    "write_computation_times": False,
     "plot_gallery": "True",
     "abort_on_example_error": True,
     "capture_repr": (),

@@ -73,7 +73,7 @@ import matplotlib.pyplot as plt
 
 figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
 for name, products, error in reports:
-    ax.loglog(products, error, "o")
+    ax.semilogy(products, error, "o")
     ax.annotate(name, (products, error), xytext=(6, 4), textcoords="offset points")
 ax.margins(x=0.3, y=0.2)
 ax.set(xlabel="products", ylabel="relative error")

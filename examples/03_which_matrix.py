@@ -94,5 +94,5 @@ for ax in axes.flat:
 for ax, (name, A) in zip(axes.flat, dense.items(), strict=False):
     image = ax.imshow(A[last, last].abs().clamp_min(1e-12).log10(), vmin=-6, vmax=-1)
     ax.set_title(name)
-figure.colorbar(image, ax=axes[1, 3], location="left", label="log10 |entry|")
+figure.colorbar(image, ax=axes, shrink=0.6, label="log10 |entry|")
 plt.show()

@@ -58,12 +58,12 @@ print(torch.linalg.eigvalsh(matrices["clusters"].to_dense()).flip(0)[:5])
 # every point is a run of its own, with a smaller budget.
 import matplotlib.pyplot as plt
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained", sharey=True)
 for ax, name in zip(axes, found.problems, strict=True):
     for history in found.histories:
         if history.problem == name:
             ax.loglog(history.products, history.values, "o-", ms=3, label=history.solver)
     ax.set(title=name, xlabel="products")
 axes[0].set_ylabel(found.measure)
-axes[1].legend(fontsize="x-small")
+figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center")
 plt.show()

@@ -237,7 +237,10 @@ def _unfit(parameter: nn.Parameter, sharded: bool = False) -> str | None:
     if nn.parameter.is_lazy(parameter):
         return "is not initialised; run the model once on a batch before building the operator"
     if type(parameter.data).__name__ == "DTensor" and not sharded:
-        return "is sharded (DTensor); give the operator an unsharded model"
+        return (
+            "is sharded (DTensor); use FSDPHessianOperator, FSDPGGNOperator or "
+            "FSDPEmpiricalFisherOperator of torchlinop.distributed"
+        )
     if parameter.device.type == "meta":
         return "is on the meta device and has no data; load the weights first"
     if parameter.is_complex():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from torchlinop.errors import OptionError
 from torchlinop.random_column import Draw, RandomColumn, gaussian, rademacher
+from torchlinop.run_store import FileStore, RunStore
 
 Distribution = Literal["gaussian", "rademacher", "sphere"]
 
@@ -19,6 +21,7 @@ Distribution = Literal["gaussian", "rademacher", "sphere"]
 _PIECE = 4096
 _LONG_PIECE = 16384  # where every piece is a call of its own
 _FEW = 4  # columns, up to which one batched call for all pieces is faster
+_MANY = 2**18  # entries, from which a call for every column is faster than all pairs in one
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ class VectorSpace:
         """The whole vector (n,) or block (n, k), on every process."""
         return local
 
+    def store(self, path: str | Path) -> RunStore:
+        """Where a run keeps its state: a file; a folder, if one of several ranks is there."""
+        if not (Path(path) / "latest.json").exists():
+            return FileStore(Path(path))
+        # One process goes on from what several have done.
+        from torchlinop.distributed.checkpoint import whole_folder  # noqa: PLC0415
+
+        return whole_folder(Path(path), self)
+
     def share_of_inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """What this process adds to ``inner``; several of them are ``summed`` at once."""
         return self.inner(X, Y)
@@ -88,6 +100,13 @@ class VectorSpace:
             return torch.stack([torch.mm(x, y) for x, y in pieces]).sum(0, dtype=wide)
         parts = zip(_pieces(X), _pieces(Y), strict=True)
         return torch.cat([torch.matmul(x.mH, y) for x, y in parts]).sum(0, dtype=wide)
+
+    def dots(self, X: Tensor, Y: Tensor) -> Tensor:
+        """``⟨x_i, y_i⟩`` of every column of two blocks (n, k): (k,), in double precision."""
+        if X.is_cuda or X.numel() < _MANY:  # where all pairs take no longer
+            return self.inner(X, Y).diagonal()
+        columns = zip(X.split(1, 1), Y.split(1, 1), strict=True)
+        return self.summed(torch.cat([self.share_of_inner(x, y) for x, y in columns]).flatten())
 
     def norm(self, v: Tensor) -> Tensor:
         """Euclidean norm of a vector (n,), or of every column of a block (n, k), in float64."""

@@ -45,19 +45,34 @@ def dying():
 EIGS = ["-k", "4", "--which", "SA", "--ncv", "12", "--tol", "1e-8"]
 
 
-@pytest.fixture
-def shell(tmp_path):
-    """A function: words to what the command did, in a folder with ``my_model.py``."""
-    (tmp_path / "my_model.py").write_text(MODEL)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where ``my_model.py`` is."""
+    path = tmp_path_factory.mktemp("folder")
+    (path / "my_model.py").write_text(MODEL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shell(folder):
+    """A function: words to what the command did, in that folder."""
 
     def run(*words, **environment):
         command = [sys.executable, "-m", "torchlinop", *words]
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=variables, check=False
+            command, capture_output=True, text=True, cwd=folder, env=variables, check=False
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(shell, folder):
+    """The result of a run that nothing stopped."""
+    done = shell("eigs", "my_model.py:dying", *EIGS, "--out", "whole.safetensors")
+    assert done.returncode == 0, done.stderr
+    return load_result(folder / "whole.safetensors")
 
 
 def assert_same_bits(a, b):
@@ -67,19 +82,17 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
-def test_a_run_killed_halfway_goes_on_to_the_same_bits(how, shell, tmp_path):
-    spec = "my_model.py:dying"
-    assert shell("eigs", spec, *EIGS, "--out", "whole.safetensors").returncode == 0
-    whole = load_result(tmp_path / "whole.safetensors")
-    half = str(whole.matvecs // 2)
-    words = ["eigs", spec, *EIGS, "--out", "a.safetensors"]
-    killed = shell(*words, PRODUCTS=half, SIGNAL=how)
+def test_a_run_killed_halfway_goes_on_to_the_same_bits(how, shell, folder, whole):
+    out, state = folder / f"{how}.safetensors", folder / f"{how}.checkpoint"
+    words = ["eigs", "my_model.py:dying", *EIGS, "--out", out.name]
+    killed = shell(*words, PRODUCTS=str(whole.matvecs // 2), SIGNAL=how)
     assert killed.returncode == (-signal.SIGKILL if how == "SIGKILL" else 1)
-    assert (tmp_path / "a.checkpoint").exists()
-    assert (tmp_path / "a.safetensors").exists() == (how == "SIGINT")
+    assert state.exists()
+    assert out.exists() == (how == "SIGINT")
     again = shell(*words, "--resume")
     assert again.returncode == 0, again.stderr
-    assert_same_bits(load_result(tmp_path / "a.safetensors"), whole)
+    assert_same_bits(load_result(out), whole)
+    assert not state.exists()
 
 
 def test_results_are_on_stdout_and_nothing_is_on_stderr(shell):
@@ -104,9 +117,10 @@ def test_the_console_script_is_the_same_command():
 
 def test_the_demonstration_needs_no_file_of_ours(capsys, monkeypatch):
     pytest.importorskip("sklearn")
-    from torchlinop.command_line import demo, main
+    import torchlinop.demo
+    from torchlinop.command_line import main
 
-    monkeypatch.setattr(demo, "main", lambda: print("shown"))  # which CI runs by itself
+    monkeypatch.setattr(torchlinop.demo, "main", lambda: print("shown"))  # which CI runs itself
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
     assert "shown" in out

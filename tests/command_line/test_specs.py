@@ -157,7 +157,7 @@ WRONG = {
     "{'model': model}": "expected the data of build() to be batches, got a NoneType",
     "{'model': model, 'data': data, 'lost': 3}": "unknown option 'lost'; did you mean one of",
     "(data, model)": "expected the model of build() to be a torch.nn.Module, got a list",
-    "object()": "expected an operator, got object",
+    "object()": "expected build() to return (model, data, loss), a dict of these, or an operator",
     "torch.ones(2, 3)": "expected",
     "(model, [], F.cross_entropy)": "the data gave no batches",
     "(model, data, lambda x: x)": "takes",
@@ -202,7 +202,7 @@ def test_an_error_of_the_model_is_one_sentence_unless_asked_for_more(spec, capsy
     assert main(["trace", wrong]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: RuntimeError: ")
-    assert re.search(r" \(model_\w+\.py, line 11\); pass --verbose to see all of it\n$", error)
+    assert re.search(r" \(model_\w+\.py, line \d+\); pass --verbose to see all of it\n$", error)
     assert main(["trace", wrong, "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
 

@@ -303,9 +303,21 @@ def test_a_bad_question_is_refused(options, message):
         compare(A, **{"k": K, **options})
 
 
-@pytest.mark.parametrize("problems", [{}, "A", 3, torch.nn.Linear(2, 2), lambda v: 2 * v])
-def test_what_is_no_problem_is_refused(problems):
-    with pytest.raises(OptionError, match=r"expected (at least one problem|an operator)"):
+BUILDS = "expected an operator, or a function without arguments that builds one, got "
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        ({}, "expected at least one problem, got an empty mapping"),
+        ("A", "expected an operator, got str"),
+        (3, "expected an operator, got int"),
+        (torch.nn.Linear(2, 2), BUILDS + "Linear"),
+        (lambda v: 2 * v, BUILDS + r"function; .* LambdaOperator\(n, product\)"),
+    ],
+)
+def test_what_is_no_problem_is_refused(problems, message):
+    with pytest.raises(OptionError, match=message):
         compare(problems)
 
 

@@ -58,6 +58,19 @@ def test_a_solver_that_never_ends_is_out_of_time():
     assert time.perf_counter() - started < 30
 
 
+def test_a_solver_is_told_what_was_refused():
+    B = TimedOperator(A, budget=5)
+    B @ X
+    message = "budget spent: 5 products, and 4 more asked for after 4; raise budget or seconds"
+    with pytest.raises(ProductBudgetError, match=message):
+        B @ X
+
+
+def test_a_budget_of_less_than_an_iteration_of_lobpcg_is_a_row():
+    row = row_of("scipy lobpcg", budget=K)
+    assert row.failure == "ValueError: a budget of 4 products is less than one iteration"
+
+
 def test_a_block_beyond_the_budget_is_refused_whole():
     row = row_of(lambda A, r: A @ r.start(A, 50), budget=49)
     assert row.failure.startswith("budget spent")

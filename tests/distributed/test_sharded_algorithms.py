@@ -81,7 +81,7 @@ def functions(keep_basis):
 
 def tridiagonals(mode):
     def found(op):
-        T = lanczos_tridiagonal(op, rows(op, 1)[:, 0], 12, reorthogonalize=mode)
+        T = lanczos_tridiagonal(op, rows(op, 1)[:, 0], 8, reorthogonalize=mode)
         return [T.alpha, T.beta]
 
     return found

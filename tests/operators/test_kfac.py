@@ -22,7 +22,7 @@ from torchlinop.errors import (
 from torchlinop.losses import CrossEntropy, MeanSquaredError, hf_lm_loss_of_output
 from torchlinop.operators.kfac import EKFACOperator, KFACOperator, tape
 from torchlinop.operators.kronecker import KroneckerOperator
-from torchlinop.testing import gallery
+from torchlinop.testing import architectures, gallery
 from torchlinop.testing.dense_kfac import dense_kfac, layer_factors
 from torchlinop.testing.oracles import curvlinops_kfac, dense_ggn, dense_hessian
 
@@ -234,7 +234,7 @@ class Untied(nn.Module):
         self.head = nn.Linear(4, 7, bias=False).double()
         self.head.weight = nn.Parameter(tied.head.weight.detach().clone())
 
-    forward = gallery._Tied.forward
+    forward = architectures._Tied.forward
 
 
 def products_of_both_uses(options):

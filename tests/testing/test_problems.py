@@ -1,5 +1,7 @@
 """The eigenvalues a problem is said to have are those of its operator."""
 
+import sys
+
 import pytest
 import torch
 from scipy.integrate import quad
@@ -8,6 +10,7 @@ from scipy.sparse.linalg import eigsh
 from torchlinop import MatrixOperator, as_linear_operator
 from torchlinop.errors import OptionError
 from torchlinop.testing import assert_eigenpairs, assert_symmetric, problem, problems, spectra
+from torchlinop.testing.digits import digits
 from torchlinop.testing.problems import haar
 
 F64 = torch.float64
@@ -83,6 +86,14 @@ def test_what_no_problem_can_be_is_refused():
         problem("digits softmax", 7)
     with pytest.raises(OptionError, match="unknown which 'SM'; choose one of LA, SA, LM"):
         problem("flat").wanted(2, "SM")
+
+
+def test_digits_say_which_package_they_come_with(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r'scikit-learn: pip install "torchlinop\[demo\]"'
+    ):
+        digits()
 
 
 def test_a_dense_problem_holds_its_matrix():

@@ -1,10 +1,9 @@
-"""The state of a long run in a file that is always whole, and belongs to one problem."""
+"""The state of a long run in a place that is always whole, and belongs to one problem."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,54 +12,65 @@ from torch import Tensor
 
 from torchlinop.algorithms.result import optional
 from torchlinop.errors import OptionError
-from torchlinop.tensor_file import intact, read, write
+from torchlinop.run_store import FileStore
+from torchlinop.space import VectorSpace
+from torchlinop.tensor_file import intact
 
 _KIND = "checkpoint"
 
 
 class Checkpoint:
-    """A file for the state of one run: tensors, and numbers and strings as JSON has them.
+    """A place for the state of one run: tensors, and numbers and strings as JSON has them.
 
     ``fingerprint`` says of which problem the state is (n, dtype, seed, ...): whatever a run must
     agree in to continue bit by bit. Dtypes and devices are written as strings, integers of numpy
-    as integers.
+    as integers. The place is a file, or what the ``space`` of the vectors has for it.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, fingerprint: Mapping[str, Any], space: VectorSpace | None = None
+    ) -> None:
         self.path = Path(path)
+        self.store = FileStore(self.path) if space is None else space.store(path)
         self.fingerprint = json.loads(json.dumps(dict(fingerprint), default=_in_json))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors, on the CPU, and the numbers; None where there is no file yet.
+        """The tensors, on the CPU, and the numbers; None where there is nothing yet.
 
         Call it before the first product: what would keep ``save`` from writing is refused here.
 
         Raises:
-            OptionError: the file is of another problem, or none of ours; it could not be written,
-                for want of its directory or of the package safetensors.
+            OptionError: the checkpoint is of another problem, or none of ours; it could not be
+                written, for want of its directory or of a package.
         """
-        optional("safetensors.torch")
-        if not self.path.parent.is_dir():
-            raise OptionError(
-                f"expected checkpoint to be a file in a directory that exists, got {self.path}; "
-                f"make {self.path.parent} first"
-            )
-        if not self.path.exists():
+        for package in self.store.packages:
+            optional(package)
+        self.store.refuse()
+        header = self.store.header()
+        if header is None:
             return None
-        tensors, header = read(self.path, "cpu")
         self._refuse_another(header)
         with intact(self.path):
-            return tensors, header["numbers"]
+            return self.store.tensors(), header["numbers"]
 
-    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Replace the file, at once: an interruption leaves the old state or the new one."""
-        header = {"kind": _KIND, "of": self.fingerprint}
-        part = self.path.with_name(f"{self.path.name}.part")
-        try:
-            write(part, tensors, header | {"numbers": dict(numbers)})
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+        vectors: Collection[str] = (),
+        growing: Mapping[str, str] | None = None,
+    ) -> None:
+        """Replace it, at once: an interruption leaves the old state or the new one.
+
+        ``vectors`` and ``growing`` say which tensors are made of vectors: see `RunStore.save`.
+        """
+        header = {"kind": _KIND, "of": self.fingerprint, "numbers": dict(numbers)}
+        self.store.save(tensors, header, vectors, growing or {})
+
+    @property
+    def due(self) -> bool:
+        """Whether a save after every step would cost little, as where a step takes long."""
+        return self.store.due
 
     def _refuse_another(self, header: Mapping[str, Any]) -> None:
         if header.get("kind") != _KIND:

@@ -18,6 +18,7 @@ from torchlinop.algorithms.iterates import Method, State, replaced, taken, withi
 from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.linear_system import System
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.solve_result import SolveResult, Status, advice
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.errors import (
@@ -58,6 +59,7 @@ def solve_by(
     """
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     max_iter = 1000 if max_iter is None else max_iter
+    refuse_fractions(max_iter=max_iter)
     if not 0 < rtol < 1 or max_iter < 1:
         raise OptionError(
             f"expected rtol between 0 and 1 and max_iter at least 1, got rtol={rtol} and "

@@ -10,6 +10,7 @@ import torch
 
 from torchlinop.algorithms.krylov_schur import Target, Which
 from torchlinop.algorithms.products import breakdown, roundoff, working_dtype
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.errors import MemoryEstimateError, OptionError
 from torchlinop.memory import free_bytes
 from torchlinop.operators.base import CurvatureOperator
@@ -33,6 +34,7 @@ def target_of(
     Raises:
         OptionError: no such k, which or tol.
     """
+    refuse_fractions(k=k)
     if not 1 <= k <= op.size:
         raise OptionError(
             f"expected k from 1 to n = {op.size:,}, got {k}; for all eigenvalues of a small matrix "
@@ -95,6 +97,7 @@ class Request:
     def refuse(self) -> None:
         """Raise OptionError if an option is not among its choices."""
         n, k = self.op.size, self.k
+        refuse_fractions(max_iter=self.max_iter, ncv=self.ncv)
         target_of(self.op, k, self.which, self.tol)
         if self.max_iter is not None and self.max_iter < self._least_products:
             raise OptionError(
@@ -176,8 +179,8 @@ class Request:
         smaller = f"ncv={least.ncv} ({_gb(least.bytes)}), " if least.ncv < asked.ncv else ""
         return (
             f"k={self.k}, ncv={asked.ncv} needs {asked.bytes // max(1, n * size)} vectors x "
-            f"{n:,} x {size} B = {_gb(asked.bytes)} on {asked.basis_device} ({_gb(free)} free). Try "
-            f'{smaller}basis_device="cpu", basis_dtype=torch.bfloat16, or param_filter.'
+            f"{n:,} x {size} B = {_gb(asked.bytes)} on {asked.basis_device} ({_gb(free)} free). "
+            f'Try {smaller}basis_device="cpu", basis_dtype=torch.bfloat16, or param_filter.'
         )
 
 

@@ -65,6 +65,14 @@ class Run:
     def restarts(self) -> int:
         return self.at.restarts
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether it stopped amid columns that came in for those of an exhausted Krylov space.
+
+        Then nothing is known yet of eigenvalues outside of it, which may be beyond those found.
+        """
+        return self.at.status is None and self.at.exploring
+
     def solve(self) -> tuple[Ritz, Status]:
         """Expand and restart until the pairs are accurate, or a limit is exceeded."""
         V, at = self.decomposition, self.at
@@ -130,6 +138,8 @@ class Run:
                 return exceeded
             try:
                 V.expand()
+                if self.checkpoint and self.checkpoint.due:
+                    self._save()
             except KeyboardInterrupt:
                 if not V.size:
                     raise
@@ -200,7 +210,9 @@ class Run:
         products = [V.products.matvecs, V.products.matmats]
         sizes = {"block_size": V.block_size, "ncv": V.capacity}
         numbers |= sizes | {"products": products, "history": history, "at": asdict(self.at)}
-        self.checkpoint.save(tensors, numbers)
+        vectors = {"rows", "previous", "block"} & tensors.keys()
+        label = f"{self.at.restarts} restarts, {numbers['draws']} draws"  # or rows were rotated
+        self.checkpoint.save(tensors, numbers, vectors, {"rows": label})
 
     def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Stand where the run stood that saved these.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -118,6 +119,8 @@ def lanczos(
         >>> eigenvalues.round(decimals=6)
         tensor([100.,  99.,  98.], dtype=torch.float64)
     """
+    if isinstance(block_size, SupportsIndex):  # NumPy's integers too
+        block_size = operator.index(block_size)
     request = Request(
         op, k, max_iter, which, tol, name_of(reorthogonalize), ncv, block_size, verify,
         basis_dtype, basis_device,
@@ -205,6 +208,7 @@ def _restarted(
         basis_size=plan.ncv,
         peak_bytes=plan.bytes,
         restarts=run.restarts,
+        unsettled=run.unsettled,
         basis_dtype=dtype,
         advice=_advice(request, plan),
     )

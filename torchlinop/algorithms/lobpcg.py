@@ -20,6 +20,7 @@ from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, RayleighRitz, residual_block
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
@@ -89,6 +90,7 @@ def lobpcg(
         >>> eigenvalues.round(decimals=6)
         tensor([1., 2.], dtype=torch.float64)
     """
+    refuse_fractions(max_iter=max_iter, guard=guard)
     target = target_of(op, k, _checked(which), tol)
     seed = checked_seed(seed)
     guard = max(2, k // 2) if guard is None else guard

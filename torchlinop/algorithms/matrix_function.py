@@ -16,6 +16,7 @@ from torchlinop.algorithms.node_values import ScalarFunction, values_at
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal, tridiagonals
 from torchlinop.errors import OptionError
@@ -91,6 +92,7 @@ def apply_function(
     Sidford, SODA 2018.
     """
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
+    refuse_fractions(steps=steps)
     if steps < 1 or not rtol >= 0:
         raise OptionError(
             f"expected steps to be at least 1 and rtol not negative, got steps={steps} and "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.products import Products, working_dtype
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.errors import NotConvergedError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution, VectorSpace
@@ -78,6 +79,7 @@ def on_host(products: Products, *small: Tensor) -> list[Tensor]:
 
 def refuse_num_matvecs(num_matvecs: int) -> None:
     """Raise OptionError unless there are products to spend."""
+    refuse_fractions(num_matvecs=num_matvecs)
     if num_matvecs < 1:
         raise OptionError(
             f"expected num_matvecs to be at least 1, got {num_matvecs}; leave it out for the usual"

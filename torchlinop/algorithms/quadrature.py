@@ -18,6 +18,7 @@ from torchlinop.algorithms.estimates import refuse_probability
 from torchlinop.algorithms.probes import Probes, checked_seed
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.quadrature_result import Quadrature, SpectralSum
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import Stage, ThreeTermRecurrence, tridiagonals
 from torchlinop.errors import NonFiniteError, OptionError
@@ -96,6 +97,7 @@ def quadrature_of(
     """``slq`` without a warning to the caller."""
     seed = checked_seed(seed)
     at_once = num_probes if probes_at_once is None else probes_at_once
+    refuse_fractions(num_probes=num_probes, num_steps=num_steps, probes_at_once=at_once)
     if min(num_probes, num_steps, at_once) < 1:
         raise OptionError(
             f"expected at least one probe and step, got {num_probes} probes, {at_once} at once, "
@@ -120,7 +122,8 @@ class _Run:
         self.complete: list[tuple[Tensor, Tensor]] = []  # α and β (steps, k) of whole groups
         self.group: ThreeTermRecurrence | None = None
         self.seconds_before = 0.0
-        self.file = None if path is None else Checkpoint(path, self._fingerprint())
+        space = A.operator.space
+        self.file = None if path is None else Checkpoint(path, self._fingerprint(), space)
         self._resume()
 
     def go(self) -> str:
@@ -210,7 +213,7 @@ class _Run:
             "matvecs": self.A.matvecs,
             "matmats": self.A.matmats,
             "seconds": self.seconds_before + self.A.seconds,
-        })  # fmt: skip
+        }, vectors={"group.V", "group.previous"} & tensors.keys())  # fmt: skip
 
     def _resume(self) -> None:
         state = None if self.file is None else self.file.load()

@@ -8,6 +8,7 @@ from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector
 from torchlinop.algorithms.ritz_result import Found, bytes_of, eigen_result
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.starting_block import independent, starting_block
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -43,6 +44,7 @@ def randomized_eigh(
     """
     target = target_of(op, k, "LM", tol)
     seed = checked_seed(seed)
+    refuse_fractions(oversampling=oversampling, power_iterations=power_iterations)
     if oversampling < 0 or power_iterations < 0:
         raise OptionError(
             "expected oversampling and power_iterations to be at least 0, got "

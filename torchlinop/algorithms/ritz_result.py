@@ -45,6 +45,7 @@ class Found:
     basis_size: int
     peak_bytes: int
     restarts: int = 0
+    unsettled: bool = False  # whether others may be nearer to the end wanted, however accurate X is
     basis_dtype: torch.dtype | None = None  # unless it is that of X
     notes: tuple[TorchlinopWarning, ...] = ()
     advice: Mapping[Status, str] = field(default_factory=dict)  # where it is not the usual
@@ -89,7 +90,7 @@ def eigen_result(products: Products, found: Found, target: Target, *, seed: int)
         eigenvectors=X[:, order.to(X.device)] if both_ends else X,
         residual_norms=placed(residuals),
         error_bounds=placed(_error_bounds(ritz, residuals, target.eps)),
-        converged=placed(target.reached(ritz)[:k]),
+        converged=placed(target.reached(ritz)[:k] & (not found.unsettled)),
         residual_kind=found.kind,
         status=found.status,
         method=found.method,
@@ -149,6 +150,12 @@ def _table(rows: list[Tensor], k: int) -> Tensor:
 
 
 def _unconverged(products: Products, found: Found, target: Target) -> tuple[str, ...]:
+    if found.unsettled:
+        return (
+            f"the Krylov space of the start was exhausted, and after {products.matvecs} matvecs "
+            "too little had been seen of what is outside: eigenvalues beyond those found may be "
+            "missing. " + _ADVICE[found.status],
+        )
     reached = target.reached(found.ritz)
     if len(reached) == target.k and bool(reached.all()):
         return ()

@@ -61,4 +61,4 @@ def _checkpoint(path: str | Path, request: Request, seed: int) -> Checkpoint:
         "seed": seed,
         "basis_dtype": request.basis_dtype,
     }
-    return Checkpoint(path, options)
+    return Checkpoint(path, options, request.op.space)

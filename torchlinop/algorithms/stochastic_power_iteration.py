@@ -15,6 +15,7 @@ from torchlinop.algorithms.orthogonal import real_dtype
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
@@ -295,6 +296,7 @@ def _judged(run: _Run, v: Tensor, quotient: Tensor, count: int) -> _Judgement:
 
 
 def _refuse(steps: int, momentum: float, tail: float) -> None:
+    refuse_fractions(steps=steps)
     if steps < _FEWEST:
         raise OptionError(f"expected steps to be at least {_FEWEST}, got {steps}; take 100, say")
     if not 0 <= momentum < math.inf:

@@ -14,6 +14,7 @@ from torchlinop.algorithms.products import Products, breakdown, working_dtype
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of, policy_of
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.scaled_product import scaled_product
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -70,6 +71,7 @@ def lanczos_tridiagonal(
         NonFiniteError: a product was not finite.
     """
     mode = name_of(reorthogonalize)
+    refuse_fractions(steps=steps)
     if steps < 1:
         raise OptionError(f"expected steps to be at least 1, got {steps}; take 50, say")
     if not keep_basis and mode != "none":

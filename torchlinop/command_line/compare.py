@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from torchlinop.command_line.curvature import operator_for
+from torchlinop.command_line.curvature import operator_for, parts_of
 from torchlinop.command_line.files import refuse_existing, refuse_unwritable
 from torchlinop.command_line.loading import built
 from torchlinop.command_line.options import Subparsers, add_json, add_spec, command
 from torchlinop.command_line.report import note, print_json
-from torchlinop.compare import compare
-from torchlinop.compare.request import End
+
+_ENDS = ("LA", "SA", "LM")
 
 
 def add(subparsers: Subparsers) -> None:
@@ -28,7 +27,7 @@ def add(subparsers: Subparsers) -> None:
     add_spec(parser)
     group = parser.add_argument_group("comparison")
     group.add_argument("-k", type=int, default=10, help="how many pairs (10)")
-    group.add_argument("--which", choices=get_args(End), default="LA", help="the end (LA)")
+    group.add_argument("--which", choices=_ENDS, default="LA", help="the end (LA)")
     group.add_argument("--tol", type=float, help="relative residual (1e-6; 1e-4 in float32)")
     group.add_argument("--budget", type=int, help="products a run (100 k)")
     group.add_argument("--seconds", type=float, default=60.0, help="a run (60)")
@@ -50,6 +49,8 @@ def _run(options: argparse.Namespace) -> int:
     for path in (options.html, options.out):
         refuse_existing(path, options.overwrite)
         refuse_unwritable(path)
+    from torchlinop.compare import compare  # noqa: PLC0415  # takes a second, of no use elsewhere
+
     found = compare(
         _problems(built(options.spec, options.seed), options),
         options.k,
@@ -75,6 +76,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _problems(made: Any, options: argparse.Namespace) -> Any:
-    """One operator, or a dict of operators as it is."""
-    several = isinstance(made, Mapping) and "model" not in made
-    return made if several else operator_for(made, options)
+    """The matrix that the options ask for, or whatever ``compare`` takes, as it is."""
+    chosen = (options.operator, options.params, options.device, options.dtype)
+    if parts_of(made) is None and not any(chosen):
+        return made
+    return operator_for(made, options)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlinop.adapters.scipy import from_linear_operator
 from torchlinop.batches import Batch, is_one_batch, read, refuse_one_shot, tree_map
-from torchlinop.compare.subject import operator_of
 from torchlinop.errors import OptionError
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
@@ -54,11 +54,6 @@ def parts_of(made: Any) -> Parts | None:
         raise OptionError(
             f"expected build() to return (model, data, loss), got a {type(made).__name__} alone; "
             "return the data and the loss with it"
-        )
-    if made is None or isinstance(made, tuple | list | str | int | float):
-        raise OptionError(
-            f"expected build() to return (model, data, loss), a dict of these, or an operator, "
-            f"got a {type(made).__name__}; see torchlinop eigs --help"
         )
     return None
 
@@ -196,8 +191,19 @@ def _given(made: Any, options: argparse.Namespace) -> CurvatureOperator:
                 f"build() returned a {type(made).__name__}, which has its own {name}; leave out "
                 f"--{name}, or return (model, data, loss)"
             )
-    operator = operator_of(made)
+    operator = _as_operator(made)
     return operator.restrict(match_names(*options.params)) if options.params else operator
+
+
+def _as_operator(made: Any) -> CurvatureOperator:
+    if isinstance(made, CurvatureOperator):
+        return made
+    if not hasattr(made, "shape"):
+        raise OptionError(
+            "expected build() to return (model, data, loss), a dict of these, or an operator, got "
+            f"a {type(made).__name__}; see torchlinop eigs --help"
+        )
+    return from_linear_operator(made)
 
 
 class _Cast:  # a dataclass would be taken for a batch

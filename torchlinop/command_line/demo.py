@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from torchlinop.command_line.options import Subparsers, command
-from torchlinop.demo import main
 from torchlinop.errors import OptionError
 
 
@@ -21,6 +20,8 @@ def add(subparsers: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from torchlinop.demo import main  # noqa: PLC0415  # takes a second, of no use elsewhere
+
     try:
         main()
     except ModuleNotFoundError as error:

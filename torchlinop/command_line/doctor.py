@@ -12,6 +12,7 @@ from torchlinop.command_line.findings import Finding, examining
 from torchlinop.command_line.loading import built
 from torchlinop.command_line.options import Subparsers, add_json, add_spec, command
 from torchlinop.command_line.report import print_json
+from torchlinop.command_line.run import DONE, NOT_CONVERGED
 
 
 def add(subparsers: Subparsers) -> None:
@@ -31,18 +32,18 @@ def add(subparsers: Subparsers) -> None:
 def _run(options: argparse.Namespace) -> int:
     facts = environment()
     findings = examined(built(options.spec, options.seed), options) if options.spec else []
-    faults = sum(finding.level == "FAULT" for finding in findings)
+    code = NOT_CONVERGED if any(finding.level == "FAULT" for finding in findings) else DONE
     if options.json:
         listed = [vars(finding) for finding in findings]
-        print_json({"ok": not faults, "environment": facts, "findings": listed})
-        return bool(faults)
+        print_json({"ok": code == DONE, "environment": facts, "findings": listed})
+        return code
     for name, fact in facts.items():
         print(f"{name:10}{fact}")
     if findings:
         print(f"\n{options.spec}")
         print(*findings, sep="\n")
         print(f"\n{_verdict(findings)}")
-    return bool(faults)
+    return code
 
 
 def examined(made: Any, options: argparse.Namespace) -> list[Finding]:

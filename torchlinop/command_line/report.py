@@ -53,7 +53,7 @@ def print_error(error: Exception, *, verbose: bool) -> None:
 def place_of(error: BaseException) -> str:
     """The last line outside of torch and this package that led to the error."""
     frames = traceback.extract_tb(error.__traceback__)
-    packages = tuple(os.path.dirname(package.__file__) + os.sep for package in (torch, torchlinop))
+    packages = (*torch.__path__, *torchlinop.__path__)
     own = [frame for frame in frames if not frame.filename.startswith((*packages, "<"))]
     place = (own or frames)[-1]
     return f"{os.path.basename(place.filename)}, line {place.lineno}"

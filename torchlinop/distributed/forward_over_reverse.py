@@ -27,6 +27,7 @@ class DualNumbers:
 
     name = "forward_over_reverse"
     exact = True
+    error = 0.0
 
     def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
         """H v: four gradients."""
@@ -56,12 +57,14 @@ class DualNumbers:
                 forward_ad.dual_level(),
                 tangents(module, direction, reverse=False),
                 torch.no_grad(),
-                objective.together(),
             ):
-                dual = forward_ad.unpack_dual(outputs(objective.model.place(b), batch))
-                f = dual.primal.clone()
-                Jv = torch.zeros_like(f) if dual.tangent is None else dual.tangent.clone()
-                u = metric(f, batch)(Jv)
+
+                def pushed(b: int = b, batch: Batch = batch) -> Tensor:
+                    f, Jv = forward_ad.unpack_dual(outputs(objective.model.place(b), batch))
+                    f, Jv = f.clone(), torch.zeros_like(f) if Jv is None else Jv.clone()
+                    return metric(f, batch)(Jv)
+
+                u = objective.together(pushed)
             pull(objective, outputs, (b, batch, share), u)
         return objective.collected()
 
@@ -69,6 +72,5 @@ class DualNumbers:
 def pull(objective: ShardedObjective, outputs: Outputs, round: Round, u: Tensor) -> None:
     """Add ``share Jᵀ u`` to the gradients."""
     b, batch, share = round
-    with objective.together():
-        f = outputs(objective.model.place(b), batch)
+    f = objective.together(lambda: outputs(objective.model.place(b), batch))
     objective.backward((f * u.to(f.dtype)).sum(), share)

@@ -55,6 +55,11 @@ class ShardedOperator(CurvatureOperator):
         """How products are taken, with step and error if by finite differences."""
         return self._method.name
 
+    @property
+    def error_estimate(self) -> float:
+        """Of products, relative, if they are finite differences; 0 if they are exact."""
+        return self._method.error
+
     def _matmat(self, V: Tensor) -> Tensor:
         objective = self.objective
         with objective.model.borrowed():
@@ -226,8 +231,8 @@ class FSDPEmpiricalFisherOperator(ShardedOperator):
         objective, rest = objective_of(model, dataloader, mean, options, of_samples=True)
         with objective.model.borrowed(), torch.no_grad():
             b, batch, _ = next(iter(objective.data))
-            with objective.together():
-                several = gives_terms(loss_fn(objective.model.place(b), batch), batch)
+            losses = objective.together(lambda: loss_fn(objective.model.place(b), batch))
+            several = gives_terms(losses, batch)
         if objective.space.agree(several):
             weights = Losses(mean.weights)
 

@@ -36,6 +36,11 @@ class Piece:
     def numel(self) -> int:
         return math.prod(self.local_shape)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first and the last index of the tensor in the global vector."""
+        return self.offset, self.offset + math.prod(self.shape) - 1
+
     def indices(self, start: int, stop: int) -> Tensor:
         """Where its entries ``start`` to ``stop`` are in the global vector, int64."""
         position = torch.arange(start, stop)

@@ -27,7 +27,7 @@ _NO_RULE = re.compile("forward AD|forward mode AD|ZeroTensors|jvp")
 
 # A product is wrong, not rounded, if it is off by more than this from differences that are sure of
 # themselves; half precision reaches 0.01.
-_WRONG, _UNSURE = 0.1, 0.1
+_WRONG, _UNSURE = 0.1, 0.3
 
 
 class Method(Protocol):
@@ -37,6 +37,8 @@ class Method(Protocol):
     def name(self) -> str: ...
     @property
     def exact(self) -> bool: ...
+    @property
+    def error(self) -> float: ...  # of a product, relative; 0 if exact but for rounding
 
     def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
         """``Σ share H_b v``, the local vector."""

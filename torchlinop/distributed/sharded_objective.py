@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.objective import LossFn, scalar
 from torchlinop.progress import batches_shown
 
+Result = TypeVar("Result")
 Outputs = Callable[[nn.Module, Any], Tensor]
 Round = tuple[int, Batch, float]  # number of a batch, the batch, its share of the mean
 
@@ -60,26 +60,24 @@ class ShardedObjective:
         b, batch, _ = next(iter(self.data))
         return [(b, batch, 1 / self.ranks.size)]
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What one rank raises inside, all ranks raise, before the next collective.
+    def together(self, function: Callable[[], Result]) -> Result:
+        """What the function gives; what it raises on one rank, all raise, before they go on.
 
         Costs an all-reduce of one number. Errors between the collectives of a forward pass leave
         the other ranks waiting, until their process group times out.
         """
         error: Exception | None = None
         try:
-            yield
+            result = function()
         except Exception as raised:
             error = raised
         if self.space.agree(error is not None):
             raise_together(error, self.group)
+        return result
 
     def value(self, b: int, batch: Batch) -> Tensor:
         """L_b, a scalar, on all ranks or on none."""
-        with self.together():
-            loss = scalar(self.function(self.model.place(b), batch))
-        return loss
+        return self.together(lambda: scalar(self.function(self.model.place(b), batch)))
 
     def backward(self, scalar_value: Tensor, share: float) -> None:
         """Add ``share ∇scalar_value``, summed over ranks, to the gradients of the shards."""
@@ -89,7 +87,20 @@ class ShardedObjective:
     def collected(self) -> Tensor:
         """The local vector of what backward passes have added up."""
         local = self.model.take_gradients()
-        return local if self.averages else self.ranks.sum(local)
+        return local if self.averages else self.summed(local)
+
+    def summed(self, local: Tensor) -> Tensor:
+        """The sum of the local vectors of ranks that have the same shards, and data of their own.
+
+        They hold the shards in different orders, those that they own first.
+        """
+        if not self.ranks.groups:
+            return local
+        parts = self.layout.unflatten(local)
+        bucket = self.ranks.sum(torch.cat([parts[name].reshape(-1) for name in self.layout.names]))
+        pieces = bucket.split([parts[name].numel() for name in self.layout.names])
+        of = dict(zip(self.layout.names, pieces, strict=True))
+        return self.layout.flatten({n: of[n].view(parts[n].shape) for n in self.layout.names})
 
     def loss(self) -> Tensor:
         """f(θ): a scalar tensor, the same on all ranks. One forward pass over the data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchlinop.distributed.piece import Piece
 from torchlinop.errors import VectorError
 from torchlinop.random_column import CHUNK, RandomColumn
+from torchlinop.run_store import RunStore
 from torchlinop.space import VectorSpace
 
 # Squares of norms beyond these limits leave the range of float64.
@@ -105,6 +107,13 @@ class ShardedSpace(VectorSpace):
             part = local[: self.owned][start : start + len(indices)]
             whole[indices[: len(part)].to(local.device)] = part
         return self.summed(whole)
+
+    def store(self, path: str | Path) -> RunStore:
+        from torchlinop.distributed.checkpoint import CheckpointFolder  # noqa: PLC0415  # slow
+
+        return CheckpointFolder(
+            Path(path), self, self.pieces, self.owned, self.group, alone=False
+        )
 
     def _refuse(self, v: Tensor, rows: int) -> None:
         if len(v) != rows:

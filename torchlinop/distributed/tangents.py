@@ -121,6 +121,8 @@ def _padded(shard: Tensor, size: torch.Size) -> Tensor:
 
 
 def _tangent(gradient: Tensor) -> Tensor:
+    primal: Tensor
+    tangent: Tensor | None
     primal, tangent = forward_ad.unpack_dual(gradient)
     if tangent is None or tangent._is_zerotensor():
         return torch.zeros_like(primal)

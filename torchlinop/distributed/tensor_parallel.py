@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchlinop.batches import Batch
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.forward_over_reverse import Metric
 from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
@@ -23,6 +24,7 @@ class DoubleBackward:
 
     name = "autograd"
     exact = True
+    error = 0.0
 
     def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
         """H v: about three gradients."""
@@ -34,7 +36,7 @@ class DoubleBackward:
                 g = _gradients(loss, [*parameters.values()], create_graph=True)
                 Hv = _transposed(g, [*parameters.values()], _like(objective, parameters, v))
                 total.add_(_flat(objective, parameters, Hv), alpha=share)
-        return objective.ranks.sum(total)
+        return objective.summed(total)
 
     def gauss_newton(
         self,
@@ -50,16 +52,22 @@ class DoubleBackward:
             for b, batch, share in rounds:
                 parameters = objective.model.parameters()
                 leaves = [*parameters.values()]
-                with objective.together():
-                    f = outputs(objective.model.place(b), batch)
+
+                def evaluated(b: int = b, batch: Batch = batch) -> Tensor:
+                    return outputs(objective.model.place(b), batch)
+
+                f = objective.together(evaluated)
                 w = torch.zeros_like(f, requires_grad=True)
                 pulled = _gradients(f, leaves, w, create_graph=True)
                 (Jv,) = _transposed(pulled, [w], _like(objective, parameters, v))
-                with objective.together():
-                    u = metric(f.detach(), batch)(Jv.detach().clone())
+
+                def weighted(f: Tensor = f, batch: Batch = batch, Jv: Tensor = Jv) -> Tensor:
+                    return metric(f.detach(), batch)(Jv.detach().clone())
+
+                u = objective.together(weighted)
                 JtMJv = _gradients(f, leaves, u)
                 total.add_(_flat(objective, parameters, JtMJv), alpha=share)
-        return objective.ranks.sum(total)
+        return objective.summed(total)
 
 
 def _gradients(

@@ -189,16 +189,16 @@ def own_reductions(model: nn.Module) -> Iterator[None]:
 
 def _take_unsharded_gradients(parameter: Any) -> Callable[[], None]:
     """Remove the gradients a parameter holds back from reduction; the result puts them back."""
-    leaf = getattr(parameter, "_unsharded_param", None)
-    gradient = getattr(leaf, "grad", None)
+    leaf: Tensor | None = getattr(parameter, "_unsharded_param", None)
+    gradient = None if leaf is None else leaf.grad
     older = vars(parameter).get("unsharded_accumulated_grad")  # before torch 2.15
-    if gradient is not None:
+    if leaf is not None:
         leaf.grad = None
     if older is not None:
         parameter.unsharded_accumulated_grad = None
 
     def put_back() -> None:
-        if gradient is not None:
+        if leaf is not None:
             leaf.grad = gradient
         if older is not None:
             parameter.unsharded_accumulated_grad = older
@@ -330,6 +330,7 @@ def twice_differentiable_dtensors() -> Iterator[None]:
     """
     from torch.distributed.tensor import _api, _redistribute
 
+    mended: list[tuple[Any, str, Callable[..., Any]]]
     mended = [(_api._FromTorchTensor, "backward", _from_local_backward)]
     if not hasattr(_redistribute, "NestedRedistribute"):
         mended += [(_api._ToTorchTensor, "backward", _to_local_backward)]

@@ -28,7 +28,6 @@ def as_operator(
         OptionError: a function without ``size``, or no operator; VectorError: a matrix that is not
             square.
     """
-    with_grad = torch.enable_grad()  # a product of theirs may differentiate
     if not hasattr(A, "shape") and callable(A):
         if size is None:
             raise OptionError(
@@ -36,7 +35,7 @@ def as_operator(
                 "pass size=n"
             )
         if isinstance(dtype, torch.dtype):
-            return LambdaOperator(size, with_grad(A), dtype=dtype)
+            return LambdaOperator(size, A, dtype=dtype)
         return from_linear_operator(LinearOperator((size, size), matvec=A, dtype=np.dtype(dtype)))
     if not hasattr(A, "shape"):
         raise OptionError(
@@ -47,8 +46,8 @@ def as_operator(
         device = getattr(A, "device", "cpu")
         return LambdaOperator(
             A.shape[0],
-            with_grad(lambda v: A @ v),
-            matmat=with_grad(lambda V: A @ V),
+            lambda v: A @ v,
+            matmat=lambda V: A @ V,
             dtype=A.dtype,
             device=device,
         )

@@ -1,0 +1,38 @@
+"""The public names and their signatures are those in the list; so is what is said of them."""
+
+import difflib
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LISTED = HERE / "public_api.txt"
+
+
+def test_the_public_api_does_not_change_unnoticed():
+    script = [sys.executable, HERE / "public_api.py"]
+    now = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    changes = difflib.unified_diff(
+        LISTED.read_text().splitlines(), now.splitlines(), "listed", "now", n=0, lineterm=""
+    )
+    told = "\n".join(changes)
+    assert not told, (
+        f"the public API has changed:\n{told}\nIf it should, run\n"
+        "    python tests/package/public_api.py > tests/package/public_api.txt\n"
+        "and write a line into CHANGELOG.md. What is renamed or removed is deprecated first, see "
+        "CONTRIBUTING.md"
+    )
+
+
+MODULES = [line for line in LISTED.read_text().splitlines() if line and not line[0].isspace()]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_is_there_and_explained(name):
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", []):
+        thing = getattr(module, public)
+        assert not callable(thing) or (thing.__doc__ or "").strip(), public

@@ -1,0 +1,305 @@
+"""The state of a run on shards: a folder that all ranks write, with vectors by global index."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from torchlinop.distributed.piece import Piece
+from torchlinop.errors import OptionError
+from torchlinop.space import VectorSpace
+from torchlinop.tensor_file import dtype_named, intact, name_of
+
+_FORMAT = 1
+_LATEST = "latest.json"
+_WORTH = 2.0  # times what the last save took is what the next one may lose
+
+
+class CheckpointFolder:
+    """A folder for the state of one run, which any number of ranks can go on from.
+
+    A save is a subfolder by torch.distributed.checkpoint, in which every rank writes the entries
+    that it owns, then ``latest.json``, which names it, is replaced: an interruption leaves the old
+    state or the new one. Of vectors that were there before, the files stay.
+    """
+
+    packages: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        path: Path,
+        space: VectorSpace,
+        pieces: tuple[Piece, ...],
+        owned: int,
+        group: dist.ProcessGroup | None,
+        *,
+        alone: bool,
+    ) -> None:
+        self.path, self.space, self.pieces, self.group = path, space, pieces, group
+        self.alone = alone  # whether vectors are whole: no other rank is asked
+        self._owned = [own for own in _placed(pieces) if own[1] < owned]
+        self._latest: dict[str, Any] = {}
+        self._everywhere: list[Piece] = []  # that are saved, of all ranks
+        self._took, self._ended = 0.0, time.perf_counter()
+
+    def refuse(self) -> None:
+        """Raise OptionError for a path that cannot become such a folder.
+
+        Raises:
+            OptionError: it is a file, or a folder of something else; its parent does not exist.
+        """
+        wrong = not self.path.parent.is_dir() or (self.path.exists() and not self._is_ours())
+        if self.space.agree(wrong):
+            raise OptionError(
+                "expected checkpoint to be a folder of such a run, or of none yet, in a directory "
+                f"that exists, got {self.path}; vectors on several ranks are kept in a folder: "
+                "pass the path of one"
+            )
+
+    def _is_ours(self) -> bool:
+        if not self.path.is_dir():
+            return False
+        names = [entry.name for entry in self.path.iterdir()]
+        return all(name.isdigit() or name.startswith(_LATEST) for name in names)
+
+    def header(self) -> dict[str, Any] | None:
+        """The header of the last save; None where there is none.
+
+        Raises:
+            OptionError: some ranks do not see the folder, it is damaged, or of a newer version.
+        """
+        latest = self.path / _LATEST
+        here = latest.exists()
+        if not self.space.agree(here):
+            return None
+        if self.space.agree(not here):
+            raise OptionError(
+                f"some ranks see a checkpoint in {self.path}, and others do not; pass a path on a "
+                "file system that all ranks share"
+            )
+        try:
+            self._latest = json.loads(latest.read_text())
+            written = self._latest["format"]
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise OptionError(
+                f"{latest} is damaged ({type(error).__name__}); pass another path, or delete the "
+                "folder"
+            ) from error
+        if written > _FORMAT:
+            raise OptionError(
+                f"{self.path} was written by a newer version, in format {written}, and this one "
+                f"reads format {_FORMAT}; run: pip install --upgrade torchlinop"
+            )
+        header: dict[str, Any] = self._latest["header"]
+        return header
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the last save, on the CPU; of vectors, the entries that this rank holds.
+
+        Raises:
+            OptionError: the folder is damaged.
+        """
+        with intact(self.path):
+            saved = [_piece(written) for written in self._latest["pieces"]]
+            if sum(piece.numel for piece in saved) != self.space.size:
+                raise ValueError(f"its pieces are not those of {self.space.size:,} entries")
+            small = {
+                name: torch.empty(shape, dtype=dtype_named(dtype))
+                for name, (dtype, shape) in self._latest["small"].items()
+            }
+            self._load(self._latest["folder"], {f"small/{name}": t for name, t in small.items()})
+            vectors = {
+                name: self._vectors(name, written, saved)
+                for name, written in self._latest["vectors"].items()
+            }
+        if saved != self._all_pieces():
+            # What is saved next is saved anew, in the pieces of now.
+            for written in self._latest["vectors"].values():
+                written["label"] = None
+        return small | vectors
+
+    def _vectors(self, name: str, written: Mapping[str, Any], saved: list[Piece]) -> Tensor:
+        """(k, local_size, ...) of what all ranks had saved."""
+        dtype, tail = dtype_named(written["dtype"]), written["tail"]
+        k = written["parts"][-1][2]
+        rows = torch.zeros(k, self.space.local_size, *tail, dtype=dtype)
+        overlaps = {
+            i: there
+            for i, piece in enumerate(saved)
+            for there in [list(_common(piece, self.pieces))]
+            if there
+        }
+        for folder, start, stop in written["parts"]:
+            found = {
+                f"{name}/{i}": torch.empty(stop - start, saved[i].numel, *tail, dtype=dtype)
+                for i in overlaps
+            }
+            self._load(folder, found)
+            for i, there in overlaps.items():
+                for source, target in there:
+                    rows[start:stop, target] = found[f"{name}/{i}"][:, source]
+        return rows
+
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        header: Mapping[str, Any],
+        vectors: Collection[str],
+        growing: Mapping[str, str],
+    ) -> None:
+        """Replace what is there: a collective call.
+
+        Raises:
+            OptionError: the folder cannot be written, on any rank.
+        """
+        began = time.perf_counter()
+        folder = f"{int(self._latest.get('folder', 0)) + 1:06d}"
+        pieces = self._all_pieces()
+        numbers = {piece: i for i, piece in enumerate(pieces)}
+        state, written = {}, {}
+        for name in (name for name in tensors if name in vectors):
+            rows, label = tensors[name], growing.get(name)
+            parts = self._parts_there(name, label)
+            start = parts[-1][2] if parts else 0
+            if start < len(rows):
+                parts.append([folder, start, len(rows)])
+            for piece, place in self._owned:
+                own = rows[start:, place : place + piece.numel]
+                state[f"{name}/{numbers[piece]}"] = own.detach().cpu().contiguous()
+            written[name] = {
+                "dtype": name_of(rows.dtype),
+                "tail": list(rows.shape[2:]),
+                "label": label,
+                "parts": parts,
+            }
+        small = {name: t for name, t in tensors.items() if name not in vectors}
+        if self._writes:
+            # Cloned, as a view would be written with all that it is a view of.
+            state |= {f"small/{name}": t.detach().cpu().clone() for name, t in small.items()}
+        latest = {
+            "format": _FORMAT,
+            "header": dict(header),
+            "folder": folder,
+            "pieces": [[piece.offset, piece.shape, piece.held] for piece in pieces],
+            "vectors": written,
+            "small": {name: [name_of(t.dtype), list(t.shape)] for name, t in small.items()},
+        }
+        self._write(folder, state, latest)
+        self._latest = json.loads(json.dumps(latest))
+        self._ended = time.perf_counter()
+        self._took = self._ended - began
+
+    @property
+    def due(self) -> bool:
+        """Whether as much time has gone by as makes a save of the new vectors cheap."""
+        return self.space.agree(time.perf_counter() - self._ended >= _WORTH * self._took)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank writes what all ranks have."""
+        return self.alone or dist.get_rank(self.group) == 0
+
+    def _parts_there(self, name: str, label: str | None) -> list[list[Any]]:
+        before = self._latest.get("vectors", {}).get(name)
+        if label is None or before is None or before["label"] != label:
+            return []
+        return [list(part) for part in before["parts"]]
+
+    def _all_pieces(self) -> list[Piece]:
+        """Those that every rank saves, the same list on all of them."""
+        if not self._everywhere:
+            own = [piece for piece, _ in self._owned if piece.numel]
+            everywhere = [own]
+            if not self.alone:
+                everywhere = [own] * dist.get_world_size(self.group)
+                dist.all_gather_object(everywhere, own, self.group)
+            self._owned = [(piece, place) for piece, place in self._owned if piece.numel]
+            self._everywhere = [piece for pieces in everywhere for piece in pieces]
+        return self._everywhere
+
+    def _write(self, folder: str, state: dict[str, Any], latest: dict[str, Any]) -> None:
+        shutil.rmtree(self.path / folder, ignore_errors=True)  # of a save that was interrupted
+        failed = None
+        try:
+            dcp.save(
+                state,
+                checkpoint_id=self.path / folder,
+                process_group=self.group,
+                no_dist=self.alone,
+            )
+            if self._writes:
+                part = self.path / f"{_LATEST}.part"
+                part.write_text(json.dumps(latest))
+                os.replace(part, self.path / _LATEST)
+        except (OSError, dcp.CheckpointException) as error:
+            failed = error
+        if self.space.agree(failed is not None):
+            raise OptionError(
+                f"cannot write {self.path} ({_cause(failed)}); pass a path with room, on a file "
+                "system that all ranks share"
+            ) from failed
+        if self._writes:
+            used = {part[0] for w in latest["vectors"].values() for part in w["parts"]} | {folder}
+            for entry in self.path.iterdir():
+                if entry.name.isdigit() and entry.name not in used:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def _load(self, folder: str, state: dict[str, Any]) -> None:
+        try:
+            # Every rank reads what it needs.
+            dcp.load(state, checkpoint_id=self.path / folder, no_dist=True)
+        except (dcp.CheckpointException, OSError, KeyError) as error:
+            raise ValueError(f"{folder}: {type(error).__name__}") from error
+
+
+def whole_folder(path: Path, space: VectorSpace) -> CheckpointFolder:
+    """The folder, for one process that holds whole vectors."""
+    everything = (Piece.whole(0, (space.size,)),)
+    return CheckpointFolder(path, space, everything, space.size, None, alone=True)
+
+
+def _placed(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, int]]:
+    """Pieces, and where they begin in a local vector."""
+    place = 0
+    for piece in pieces:
+        yield piece, place
+        place += piece.numel
+
+
+def _common(saved: Piece, mine: tuple[Piece, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where entries of a saved piece are in it, and where in a local vector."""
+    first, last = saved.span
+    theirs: Tensor | None = None
+    for piece, place in _placed(mine):
+        start, stop = piece.span
+        if start > last or stop < first or not piece.numel or not saved.numel:
+            continue
+        theirs = saved.indices(0, saved.numel) if theirs is None else theirs
+        ours = piece.indices(0, piece.numel)
+        source = torch.searchsorted(theirs, ours).clamp_(max=len(theirs) - 1)
+        hits = (theirs[source] == ours).nonzero()[:, 0]
+        if len(hits):
+            yield source[hits], place + hits
+
+
+def _cause(error: BaseException | None) -> str:
+    """Of the first rank that failed, without its traceback."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    return "another rank failed" if first is None else f"{type(first).__name__}: {first}"
+
+
+def _piece(written: list[Any]) -> Piece:
+    offset, shape, held = written
+    ranges = tuple(tuple((start, stop) for start, stop in of_dim) for of_dim in held)
+    return Piece(offset, tuple(shape), ranges)
