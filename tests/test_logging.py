@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torchlinop import (
     MatrixOperator,
     as_linear_operator,
     errors,
+    from_linear_operator,
     lanczos,
     trace,
 )
@@ -79,6 +81,8 @@ def cross_entropy():
         (lambda: lanczos(half(), 1), "vectors of the solver are in torch.float32, products in"),
         (lambda: lanczos(half(), 1), "lanczos by Plan(ncv=8, block_size=1"),
         (lambda: as_linear_operator(half()), "vectors are exchanged in float32, products are in"),
+        (lambda: from_linear_operator(np.eye(2, dtype=int)),
+         "a matrix of int64 acts in torch.float64"),
         (lambda: trace(MatrixOperator(torch.eye(99)), 20), "trace by xtrace, of at most 20"),
     ],
 )  # fmt: skip

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from torchlinop import HessianOperator
+from torchlinop import (
+    HessianOperator,
+    MatrixOperator,
+    lanczos,
+    solve,
+    spectral_density,
+    trace,
+)
 from torchlinop.batches import tree_map
 from torchlinop.errors import (
     CheckpointError,
@@ -386,6 +393,24 @@ def test_autocast_is_off_inside(linearization):
     expected = H @ v
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(H @ v, expected)
+
+
+RUNS = {
+    "product": lambda A: (A @ torch.ones(60)).tolist(),
+    "check": lambda A: A.check().symmetry,
+    "lanczos": lambda A: lanczos(A, 3, which="LA").eigenvalues.tolist(),
+    "trace": lambda A: trace(A, 40).estimate,
+    "density": lambda A: spectral_density(A, 2, 10).density.tolist(),
+    "solve": lambda A: solve(A, torch.ones(60), damping=5.0).x.tolist(),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_solvers_compute_with_autocast_off(name):
+    A = MatrixOperator(gallery.with_spectrum(torch.linspace(1, 60, 60).double())[0].float())
+    expected = RUNS[name](A)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert RUNS[name](A) == expected
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -39,6 +39,17 @@ def test_inner_products_and_norms_are_in_double_precision_whatever_the_entries(d
     torch.testing.assert_close(space.norm(X), exact.norm(dim=0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.complex64])
+@pytest.mark.parametrize("n", [1000, 100_003])
+def test_dots_are_the_diagonal_of_all_inner_products(n, dtype):
+    space = VectorSpace(n, dtype, torch.device("cpu"))
+    X = space.random(3, 0)
+    Y = X + space.random(3, 1)
+    wide = torch.promote_types(dtype, torch.float64)
+    exact = (X.to(wide).conj() * Y.to(wide)).sum(0)
+    torch.testing.assert_close(space.dots(X, Y), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sphere"])
 def test_columns_do_not_depend_on_how_many_are_drawn(distribution):
     four, two = SPACE.random(4, 7, distribution), SPACE.random(2, 7, distribution)

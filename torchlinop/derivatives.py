@@ -157,7 +157,7 @@ class ForwardOverReverse:
         fallback: list[LinearMap] = []
 
         def column(v: Tensor) -> Tensor:
-            with _without_deprecations():
+            with without_deprecations():
                 tangent: Tensor = torch.func.jvp(f, (theta,), (v,))[1]
             return tangent.detach().reshape(-1)
 
@@ -206,7 +206,7 @@ def _with_pull(f: Function, theta: Tensor) -> tuple[Tensor, LinearMap]:
 
 
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
+def without_deprecations() -> Iterator[None]:
     """The first forward derivative of a process makes torch use what it deprecates."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PIECE = 2**20  # entries at a time: what is needed besides the tensor is small
+_PIECE = 2**18  # entries at a time: what is needed besides the tensor is small
 # Odd numbers of 64 bits with as many ones as zeros: multiples mix low bits into high ones.
 _MULTIPLIER, _CHAIN = -7046029254386353131, -4417276706812531889
 
@@ -21,9 +21,10 @@ def fingerprint(X: Tensor) -> Tensor:
     for column in X.mT if X.ndim == 2 else X.reshape(1, -1):
         for piece in column.split(_PIECE):
             bits = piece.contiguous().view(_BITS[piece.itemsize]).long()
-            bits = (bits ^ (bits >> 31)) * _MULTIPLIER
-            odd = 2 * torch.arange(len(bits), device=X.device) + 1
-            total = total * _CHAIN + ((bits ^ (bits >> 29)) * odd).sum()
+            bits = (bits >> 31).bitwise_xor_(bits).mul_(_MULTIPLIER)
+            bits ^= bits >> 29
+            places = torch.arange(1, 2 * len(bits), 2, device=X.device)
+            total = total * _CHAIN + bits.mul_(places).sum()
     return total ^ (total >> 32)
 
 

@@ -56,7 +56,7 @@ class RunStore(Protocol):
 class FileStore:
     """One safetensors file."""
 
-    packages = ("safetensors.torch",)
+    packages: tuple[str, ...] = ("safetensors.torch",)
     due = False  # such a save is one of everything
 
     def __init__(self, path: Path) -> None:

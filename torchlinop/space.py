@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,6 +51,10 @@ class VectorSpace:
         """Whether any process says so. Clocks and memory differ, but all have to stop together."""
         return flag
 
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Inside, Ctrl-C is raised by all processes in the same place."""
+        return nullcontext()
+
     def least(self, number: float) -> float:
         """The least number that any process has."""
         return number
@@ -89,7 +94,7 @@ class VectorSpace:
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """``Xᴴ Y`` of blocks (n, k) and (n, m): a (k, m) tensor, in double precision.
 
-        On shards, this and ``norm`` communicate, and what its documentation says so of.
+        On shards, this communicates, as all do that give the same small result to all ranks.
         """
         X, Y = _single(X), _single(Y)
         wide = torch.promote_types(X.dtype, torch.float64)
@@ -103,7 +108,8 @@ class VectorSpace:
 
     def dots(self, X: Tensor, Y: Tensor) -> Tensor:
         """``⟨x_i, y_i⟩`` of every column of two blocks (n, k): (k,), in double precision."""
-        if X.is_cuda or X.numel() < _MANY:  # where all pairs take no longer
+        few = self.size * X.shape[1] < _MANY  # a choice that is the same on all ranks
+        if X.is_cuda or few:  # where all pairs take no longer
             return self.inner(X, Y).diagonal()
         columns = zip(X.split(1, 1), Y.split(1, 1), strict=True)
         return self.summed(torch.cat([self.share_of_inner(x, y) for x, y in columns]).flatten())

@@ -1,5 +1,8 @@
 """Solvers of SciPy, driven through the adapter, find what dense NumPy finds."""
 
+from functools import partial
+from inspect import signature
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -27,6 +30,9 @@ def by_products(matrix):
 
 kinds = pytest.mark.parametrize("kind", [MatrixOperator, by_products])
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+takes_rng = pytest.mark.skipif(
+    "rng" not in signature(interpolative.svd).parameters, reason="from SciPy 1.15 on"
+)
 
 
 def problem(spectrum, dtype, kind=MatrixOperator, seed=0):
@@ -282,10 +288,10 @@ KRYLOV = {
     "bicg": sla.bicg,
     "bicgstab": sla.bicgstab,
     "gmres": sla.gmres,
-    "lgmres": sla.lgmres,
-    "gcrotmk": sla.gcrotmk,
+    "lgmres": partial(sla.lgmres, atol=0.0),  # SciPy 1.13 warns without
+    "gcrotmk": partial(sla.gcrotmk, atol=0.0),
     "qmr": sla.qmr,
-    "tfqmr": sla.tfqmr,
+    "tfqmr": partial(sla.tfqmr, atol=0.0),
     "minres": sla.minres,
 }
 FOR_INDEFINITE = ["gmres", "lgmres", "gcrotmk", "minres"]
@@ -441,6 +447,7 @@ def test_expm_multiply_on_an_interval_is_the_exponential_at_each_time(spectrum, 
     assert_relatively_close(Y, expected, 4 * exponential_tolerance(A, D))  # in four steps
 
 
+@pytest.mark.skipif(not hasattr(sla, "funm_multiply_krylov"), reason="from SciPy 1.15 on")
 @kinds
 @precisions
 @pytest.mark.parametrize("spectrum", ["definite", "indefinite", "low rank"])
@@ -482,6 +489,7 @@ def test_lsq_linear_finds_the_nonnegative_least_squares_solution(dtype):
     assert (x == 0).any()  # a bound is active
 
 
+@takes_rng
 @kinds
 def test_interpolative_svd_of_low_rank_is_exact(kind):
     A, D = problem("low rank", torch.float64, kind)  # SciPy takes float64 alone
@@ -491,6 +499,7 @@ def test_interpolative_svd_of_low_rank_is_exact(kind):
     np.testing.assert_allclose((U * s) @ V.conj().T, D, rtol=0, atol=tolerance)
 
 
+@takes_rng
 @pytest.mark.parametrize("spectrum", ["identity", "low rank"])
 def test_interpolative_norm_estimate_is_the_spectral_norm(spectrum):
     A, D = problem(spectrum, torch.float64)

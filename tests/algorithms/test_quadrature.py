@@ -378,3 +378,12 @@ def test_repr_says_what_was_done():
     quadrature = slq(MatrixOperator(torch.eye(9)), 2, 3, seed=5)
     assert "n = 9 | 2 probes x 3 steps | 6 matvecs" in repr(quadrature)
     assert "95 % [" in repr(quadrature.spectral_sum(torch.exp))
+
+
+def test_no_products_are_taken_of_exhausted_krylov_spaces():
+    A, blocks = recorded(torch.diag(torch.arange(4.0, dtype=F64).repeat(10)))
+    found = slq(A, 3, 20)
+    assert (len(blocks), found.matvecs, found.num_steps) == (4, 12, 20)
+    nodes = found.nodes[:, :4]
+    torch.testing.assert_close(nodes, torch.arange(4.0).double().expand(3, 4), rtol=0, atol=1e-13)
+    assert found.nodes[:, 4:].isnan().all()

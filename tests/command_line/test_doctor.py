@@ -63,6 +63,17 @@ WORKS = {
     "functional loss": (situation(loss="F.cross_entropy"), "12 samples in 2 batches"),
     "checkpointing": ("def build():\n    " + PROBLEM.format("checkpointed()"), "autograd, rebuilt"),
     "a wrapper": (situation(model=f"nn.DataParallel({MODEL})"), "module inside of DataParallel"),
+    "a compiled model": (
+        situation(model=f"torch.compile({MODEL})"), "module inside of OptimizedModule",
+    ),
+    "forward over reverse": (
+        situation(
+            data="[(torch.randn(9, 6), torch.randn(9, 3))]", loss="F.mse_loss",
+            returns=f"{GIVEN}'method': 'forward_over_reverse'}}",
+        ),
+        "symmetric",
+    ),
+    "autocast": (situation("torch.set_autocast_enabled('cpu', True)"), "autocast off"),
     "mixed dtypes": (
         situation("data = [(x.double(), y) for x, y in data]", model="Mixed()", before=MIXED),
         "in float32, float64",
@@ -188,11 +199,14 @@ CASES = [(level, name) for level, cases in ALL.items() for name in cases]
 
 
 @pytest.mark.parametrize(("level", "name"), CASES)
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_the_cause_is_named(level, name, spec, capsys):
     source, cause = ALL[level][name]
-    with torch.enable_grad():  # a spec may switch gradients off
+    try:
         code = main(["doctor", spec(source)])
+    finally:  # what a spec may have switched
+        torch.set_grad_enabled(True)
+        torch.set_autocast_enabled("cpu", False)
     out, error = capsys.readouterr()
     assert cause in out
     assert code == (level == "FAULT")

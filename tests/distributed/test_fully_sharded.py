@@ -181,13 +181,16 @@ class Faulty:
         hook = None
         if self.fails == "backward":
             last = list(model.children())[-1]
-            hook = last.register_forward_hook(lambda m, i, out: out.register_hook(self._raise))
+            hook = last.register_forward_hook(self._raise_behind)
         value = self.loss(model, batch)
         if hook is not None:
             hook.remove()
         if self.fails == "forward" and dist.get_rank() == 1:
             self._raise(None)
         return value
+
+    def _raise_behind(self, module: nn.Module, inputs: Any, outputs: Tensor) -> None:
+        outputs.register_hook(self._raise)
 
     def _raise(self, gradient: Tensor | None) -> None:
         raise ArithmeticError(f"no {self.fails}")
@@ -281,9 +284,12 @@ def refusals() -> list[tuple[str, tuple[str, str]]]:
     found.append(
         ("on rank 1 of 2: the data gave no batches", attempt(model, own if rank == 0 else []))
     )
-    mean = lambda model, batch: loss(model, batch) / rank  # noqa: E731
+    mean = lambda model, batch: loss(model, batch) * (1 // rank)  # noqa: E731
     found.append(
-        ("on rank 0 of 2: division by zero", attempt(model, own, mean, weighting="batch-mean"))
+        (
+            "on rank 0 of 2: integer division or modulo by zero",
+            attempt(model, own, mean, weighting="batch-mean"),
+        )
     )
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     coarse = fresh(mp_policy=half)

@@ -102,9 +102,7 @@ def test_after_a_rank_was_killed_nothing_but_the_last_step_is_taken_again(
     killed_in, expected, tmp_path
 ):
     with pytest.raises((RankFailedError, RankDiedError)):
-        on_ranks(
-            2, on_shards, tmp_path / "run", killed_in, saved_each_step=True, timeout=20
-        )
+        on_ranks(2, on_shards, tmp_path / "run", killed_in, saved_each_step=True, timeout=20)
     for world_size in (1, 2):
         path = shutil.copytree(tmp_path / "run", tmp_path / f"run on {world_size}")
         for found in on_ranks(world_size, on_shards, path):
@@ -200,7 +198,7 @@ def wrong_paths(path):
     for name in ("file", "folder", "missing/run"):
         with pytest.raises(OptionError, match="expected checkpoint to be a folder of such a run"):
             run(op, path / name)
-    with pytest.raises(OptionError, match="cannot write .*; pass a path with room"):
+    with pytest.raises(OptionError, match=r"cannot write .*; pass a path with room"):
         run(op, path / "full")
 
 

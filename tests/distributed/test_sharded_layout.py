@@ -125,7 +125,7 @@ def test_shards_make_up_the_vector_of_one_process(sharding, world_size):
     assert sum(facts["owned"] for facts in everywhere) == layout.size
     for found in everywhere:
         assert found["names"] == [name for slot in layout.slots for name in slot.names]
-        assert found["same"] and found["block"] and found["scattered"]
+        assert all(found[name] for name in ("same", "block", "scattered"))
         assert len(set(found["rows"])) == 1
         assert torch.equal(found["whole"], theta)
         torch.testing.assert_close(found["norm"], theta.norm(), rtol=1e-14, atol=0)
@@ -179,11 +179,11 @@ def of_wrong_vectors():
     layout = ShardedLayout.of(fsdp(2))
     with pytest.raises(ValueError, match=r"expected a vector of shape \(\d+,\) or a block"):
         layout.split(torch.zeros(layout.size, dtype=torch.float64))
-    with pytest.raises(ValueError, match="expected the shard .* of 'up.weight', got"):
+    with pytest.raises(ValueError, match=r"expected the shard .* of 'up.weight', got"):
         layout.flatten(layout.split(layout.flatten(dict(fsdp(2).named_parameters()))) | whole())
+    named = dict(fsdp(2).named_parameters())
+    del named["scale"]
     with pytest.raises(ValueError, match="'scale' is missing"):
-        named = dict(fsdp(2).named_parameters())
-        named.pop("scale")
         layout.flatten(named)
     with pytest.raises(ValueError, match=r"expected .* rows \(this rank holds"):
         layout.gather(torch.zeros(layout.size))

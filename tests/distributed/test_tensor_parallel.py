@@ -6,32 +6,32 @@ import copy
 from typing import Any
 
 import problems
-import pytest
 import torch
 import torch.distributed as dist
 from processes import on_ranks
-from test_fully_sharded import MATRICES, relative
+from test_fully_sharded import MATRICES, refused, relative
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
+from torch.distributed.tensor._api import _FromTorchTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 
-from torchlinop.errors import OptionError
+from torchlinop.distributed import torch_private
+from torchlinop.distributed.fully_sharded import FSDPHessianOperator
 from torchlinop.testing import gallery
-
 
 
 def even() -> gallery.Problem:
     """Layers of even sizes (a plan by column, then by row, knows no others); one bias frozen."""
     torch.manual_seed(5)
-    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 3)
-    model = nn.Sequential(*layers).double()
-    model[0].bias.requires_grad_(False)
+    layers = [nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers, nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    model[2].bias.requires_grad_(False)
     full = (torch.randn(13, 6).double(), torch.randint(0, 3, (13,)))
     return gallery.Problem(model, [], gallery.cross_entropy, full)
 
@@ -39,7 +39,7 @@ def even() -> gallery.Problem:
 PROBLEMS = {"even": even, "llama": problems.llama}
 
 PLANS = {
-    "even": {"0": ColwiseParallel, "2": RowwiseParallel},
+    "even": {"2": ColwiseParallel, "4": RowwiseParallel},
     "llama": {
         f"model.layers.{layer}.mlp.{name}": style
         for layer in (0, 1)
@@ -57,7 +57,11 @@ def parallel(name: str, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     plan = {layer: style() for layer, style in PLANS[name].items()}
     if name == "llama":
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
-    return parallelize_module(model, mesh, plan)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    parallelize_module(model, mesh, plan)
+    for name in frozen:  # which torch 2.6 has forgotten
+        model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def errors(names: list[str], matrices: list[str], replicas: int = 1, **options: Any) -> dict:
@@ -84,9 +88,40 @@ def errors(names: list[str], matrices: list[str], replicas: int = 1, **options: 
     return found
 
 
-@pytest.mark.parametrize("ranks, replicas", [(2, 1), (4, 2)])
-def test_products_by_double_backward_are_those_of_one_process(ranks, replicas):
-    names, matrices = ["even", "llama"], ["hessian", "ggn"]
-    for found in on_ranks(ranks, errors, names, matrices, replicas):
+def refusals() -> list[tuple[str, tuple[str, str]]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    problem = even()
+    model = parallel("even", problem.model, mesh["tp"])
+    data = [problem.full_batch]
+
+    def attempt(**options: Any) -> tuple[str, str]:
+        return refused(FSDPHessianOperator, model, data, problem.loss_fn, **options)
+
+    forward = attempt(method="forward_over_reverse", data_group=mesh["dp"].get_group())
+    unmended = torch_private._from_local_backward
+    torch_private._from_local_backward = _FromTorchTensor.backward
+    silent = attempt(data_group=mesh["dp"].get_group())
+    torch_private._from_local_backward = unmended
+    return [
+        ('pass data_group=mesh["dp"].get_group()', attempt()),
+        ('use method="autograd" for a tensor-parallel model', forward),
+        ("the product by autograd differs by", silent),
+    ]
+
+
+def on_four() -> tuple[dict, list]:
+    return errors(["even", "llama"], ["hessian", "ggn"], replicas=2), refusals()
+
+
+def test_with_data_parallelism_around_and_what_cannot_be_had():
+    for found, refusals in on_ranks(4, on_four, timeout=120):
+        assert max(error for error, _ in found.values()) <= 1e-14, found
+        for expected, (kind, message) in refusals:
+            assert expected in message, (expected, kind, message)
+
+
+def test_products_by_double_backward_are_those_of_one_process():
+    names, matrices = ["even", "llama"], ["hessian", "ggn", "empirical fisher"]
+    for found in on_ranks(2, errors, names, matrices):
         assert {method for _, method in found.values()} == {"autograd"}
         assert max(error for error, _ in found.values()) <= 1e-14, found

@@ -193,7 +193,8 @@ def test_the_trace_of_monte_carlo_is_that_of_the_fisher_with_the_same_draws(name
 def test_ekfac_does_not_depend_on_batches_where_a_is_rank_deficient(approximation, sizes):
     # Five samples of nine features: the basis of the null space of A is arbitrary.
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3), architectures._MeanOverSteps())
+    mean = architectures._MeanOverSteps()
+    model = nn.Sequential(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3), mean)
     full = (torch.randn(5, 3, 9).double(), torch.randint(0, 3, (5,)))
     one, many = (
         EKFACOperator(

@@ -67,6 +67,7 @@ def signature(function):
     plain = [p.replace(annotation=p.empty) for p in found.parameters.values()]
     text = str(found.replace(parameters=plain, return_annotation=found.empty))
     text = re.sub(r"<(?:function|class|object) '?([\w.]+).*?>", r"<\1>", text)
+    text = re.sub(r"\{('[^{}]*')\}", lambda m: f"{{{', '.join(sorted(m[1].split(', ')))}}}", text)
     for parameter in found.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             text = text.replace(f"**{parameter.name}", keywords(parameter, function))

@@ -19,9 +19,14 @@ MODULES = sorted(PACKAGE.glob("**/*.py"))
 UNSAFE = {
     "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib",
     "eval", "exec", "torch.load", "yaml.load", "os.system", "numpy.load", "np.load",
+    "torch.distributed.checkpoint",
 }  # fmt: skip
-# Processes of one group send batches to each other, as torch.distributed does it.
-ALLOWED = {"union.py": {"pickle"}}
+# What SECURITY.md says of processes of one group, and of the folders they write.
+ALLOWED = {
+    "union.py": {"pickle"},
+    "distributed/drive.py": {"pickle"},
+    "distributed/checkpoint.py": {"torch.distributed.checkpoint"},
+}
 
 
 def names_used(tree):
@@ -38,7 +43,7 @@ def names_used(tree):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_unpickles_or_evaluates(path):
     found = UNSAFE & {*names_used(ast.parse(path.read_text()))}
-    assert found == ALLOWED.get(str(path.relative_to(PACKAGE)), set())
+    assert found <= ALLOWED.get(str(path.relative_to(PACKAGE)), set())
 
 
 class Trap:

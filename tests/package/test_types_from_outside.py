@@ -1,5 +1,6 @@
 """Type checkers that see only the installed package find its annotations, and a user's mistakes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,8 +34,9 @@ def test_mypy_accepts_right_uses_and_no_wrong_ones(installed, checked):
 
 
 def test_pyright_accepts_right_uses_and_no_wrong_ones(installed, checked, tmp_path):
-    pyright = Path(sys.executable).with_name("pyright")
-    if not pyright.exists():
+    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    pyright = shutil.which("pyright", path=os.pathsep.join(places))
+    if pyright is None:
         pytest.skip("pyright is not installed")
     (tmp_path / "pyrightconfig.json").write_text(
         '{"reportUnnecessaryTypeIgnoreComment": "error", "reportMissingModuleSource": "none"}'

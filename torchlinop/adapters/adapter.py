@@ -35,7 +35,8 @@ class Adapter:
     ) -> None:
         super().__init__(numpy_dtype(operator.dtype), operator.shape)  # type: ignore[call-arg]
         if operator.dtype.itemsize < 4:
-            log.info("vectors are exchanged in %s, products are in %s", self.dtype, operator.dtype)
+            exchanged = numpy_dtype(operator.dtype)
+            log.info("vectors are exchanged in %s, products are in %s", exchanged, operator.dtype)
         self.args = ()  # documented by SciPy
         self.operator = operator
         self._adjoint_operator: AnyOperator = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import numpy as np
@@ -13,10 +14,19 @@ from torch import Tensor
 
 from torchlinop.adapters.adapter import Adapter, AnyOperator
 from torchlinop.adapters.cupy import from_cupy, is_of_cupy
-from torchlinop.adapters.dlpack import Array, array_of, host_array, tensor_of, torch_dtype
+from torchlinop.adapters.dlpack import (
+    Array,
+    array_of,
+    host_array,
+    numpy_dtype,
+    tensor_of,
+    torch_dtype,
+)
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.explicit import LambdaOperator, MatrixOperator
+
+log = logging.getLogger("torchlinop")
 
 
 def as_linear_operator(
@@ -124,6 +134,8 @@ def from_linear_operator(A: Any) -> CurvatureOperator:
     if is_of_cupy(A):
         return from_cupy(A)
     dtype = torch_dtype(A.dtype)
+    if numpy_dtype(dtype) != A.dtype:
+        log.info("a matrix of %s acts in %s", A.dtype, dtype)
     if isinstance(A, np.ndarray):
         return MatrixOperator(tensor_of(A, dtype, torch.device("cpu")))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.errors import MemoryEstimateError, NonFiniteError, OptionError
+from torchlinop.model_state import full_precision
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.progress import products_shown
 
@@ -137,10 +138,12 @@ def run_of_products(
 ) -> Iterator[Products]:
     """The products of one run: with a bar on a terminal, and a name for running out of memory.
 
+    Autocast is off inside: inner products are as accurate as their vectors.
+
     Raises:
         MemoryEstimateError: memory ran out; which says after how many products.
     """
-    with products_shown(progress, total) as notify:
+    with full_precision(operator.device), products_shown(progress, total) as notify:
         products = Products(operator, damping=damping, max_seconds=max_seconds, notify=notify)
         try:
             yield products

@@ -52,8 +52,9 @@ def slq(
 
     Probes are uniform on the sphere, each drawn from a stream of its own that depends on the seed
     and its number. They advance together through ``num_steps`` blocks of products (never more
-    than n), ``probes_at_once`` of them if memory is short. Costs ``num_probes num_steps``
-    products and memory for three blocks (n, probes at once).
+    than n, and fewer where their Krylov spaces are exhausted), ``probes_at_once`` of them if
+    memory is short. Costs ``num_probes num_steps`` products and memory for three blocks
+    (n, probes at once).
 
     Ctrl-C, or the end of ``max_seconds``, returns the probes that are complete, or else the steps
     taken, with a warning. ``checkpoint`` is a file that the state is written to
@@ -140,7 +141,7 @@ class _Run:
         fresh = True  # a run takes a step at least, however late it is
         while self.done < self.probes:
             group = self.group = self.group or self._next_group()
-            while group.steps < self.steps:
+            while group.steps < self.steps and not group.exhausted:
                 if self.A.late and not fresh:
                     return "out of time"
                 group.advance()
@@ -170,7 +171,7 @@ class _Run:
                 raise KeyboardInterrupt  # before the first product
             groups = [self.group.coefficients()]
         Ts = [T for group in groups for T in tridiagonals(group)]
-        taken = Ts[0].taken
+        taken = self.steps if self.complete else Ts[0].taken  # of exhausted Krylov spaces: all
         warnings = (
             f"{ended} after {taken} of {self.steps} steps of {len(Ts)} of {self.probes} probes",
         )

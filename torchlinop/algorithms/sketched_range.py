@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
@@ -58,7 +58,8 @@ class SketchedRange:
             yield
             R = self._basis.extend(self._products(Omega))
             self._drawn.append(Omega)
-            self._R = torch.cat([pad(self._R, (0, 0, 0, Omega.shape[1])), R], dim=1)
+            below = self._R.new_zeros(Omega.shape[1], self._R.shape[1])
+            self._R = torch.cat([torch.cat([self._R, below]), R], dim=1)
             self.size = self._drawn.size
 
 

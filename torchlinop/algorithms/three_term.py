@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.dynamic_range import refuse_range
+from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.products import Products
 
 
@@ -56,11 +57,15 @@ class ThreeTermRecurrence:
     def __init__(self, A: Products, start: Tensor | Stage) -> None:
         self.A = A
         self.stage = start if isinstance(start, Stage) else _first_stage(start)
+        betas = self.stage.betas[-1:]
+        self.exhausted = bool(betas) and not bool(betas[0].any())  # by all columns
+        self._look = LateLook()
 
     def advance(self) -> Tensor:
         """The Lanczos vectors v_j (n, k), after finding α_j and β_j by one product.
 
-        A column whose Krylov space is exhausted goes on as zero.
+        A column whose Krylov space is exhausted goes on as zero; once all are, which a GPU tells
+        a step late, further steps tell nothing.
         """
         A, s = self.A, self.stage
         W = A.columns(s.V)
@@ -76,6 +81,7 @@ class ThreeTermRecurrence:
         beta = beta.where(alive, 0.0)
         W.mul_(torch.where(alive, 1 / beta, 0.0).to(W.dtype))
         self.stage = Stage(W, s.V, scale, (*s.alphas, alpha), (*s.betas, beta))
+        self.exhausted = bool(self._look(~alive.any()))
         return s.V
 
     @property

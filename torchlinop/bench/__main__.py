@@ -1,4 +1,4 @@
-"""The command line: ``python -m torchlinop.bench gpu --out DIR``."""
+"""The command line: ``python -m torchlinop.bench gpu --out DIR``, or ``scale --out DIR``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 from torchlinop.bench.gpu import CHOICES, Request, run
 from torchlinop.bench.gpu_stages import STAGES
+from torchlinop.bench.scale import run as measure_scale
 from torchlinop.bench.worker import work
 from torchlinop.errors import OptionError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of both commands."""
+    """Of all commands."""
     made = argparse.ArgumentParser(prog="python -m torchlinop.bench", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
     gpu = commands.add_parser("gpu", help="test and measure the library on a GPU")
@@ -27,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=CHOICES, default=CHOICES, metavar="STAGE",
         help=f"some of: {', '.join(CHOICES)}",
     )  # fmt: skip
+    scale = commands.add_parser("scale", help="count what crosses ranks, on this CPU")
+    scale.add_argument("--out", type=Path, required=True, help="directory for scale.json, scale.md")
+    scale.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes (1 2 4)"
+    )
     worker = commands.add_parser("worker", help="run stages in this process, as gpu starts it")
     worker.add_argument("stages", nargs="+", choices=STAGES)
     worker.add_argument("--seconds", type=float, required=True)
@@ -46,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = made.parse_args(arguments)
     if asked.command == "worker":
         work(asked.stages, asked.device, asked.tiny, asked.seconds, asked.records)
+        return
+    if asked.command == "scale":
+        measure_scale(asked.out, asked.ranks)
+        print((asked.out / "scale.md").read_text())
         return
     # A time limit from outside ends the processes started here too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -31,7 +31,7 @@ def add(subparsers: Subparsers) -> None:
         "--which",
         choices=get_args(Which),
         default="LM",
-        help="largest |λ|, largest, smallest, or both ends (LM)",
+        help="largest in size, largest, smallest, or both ends (LM)",
     )
     group.add_argument("--tol", type=float, help="relative residual (1e-6; 1e-4 in float32)")
     group.add_argument("--ncv", type=int, help="vectors to keep (2k + 1, and 20 at least)")

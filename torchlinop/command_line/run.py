@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace, algorithm: Algorithm) -> int:
     """
     files = Files.of(options)
     operator = operator_for(built(options.spec, options.seed), options)
+    if sys.stderr.isatty():
+        note(repr(operator))
     state = files.begin()
     with interruptible(operator) as heard:
         try:

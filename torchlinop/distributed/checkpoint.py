@@ -6,14 +6,18 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchlinop.distributed.piece import Piece
 from torchlinop.errors import OptionError
@@ -231,17 +235,13 @@ class CheckpointFolder:
         shutil.rmtree(self.path / folder, ignore_errors=True)  # of a save that was interrupted
         failed = None
         try:
-            dcp.save(
-                state,
-                checkpoint_id=self.path / folder,
-                process_group=self.group,
-                no_dist=self.alone,
-            )
+            with self._by_whom() as options:
+                save(state, checkpoint_id=self.path / folder, **options)
             if self._writes:
                 part = self.path / f"{_LATEST}.part"
                 part.write_text(json.dumps(latest))
                 os.replace(part, self.path / _LATEST)
-        except (OSError, dcp.CheckpointException) as error:
+        except (OSError, CheckpointException) as error:
             failed = error
         if self.space.agree(failed is not None):
             raise OptionError(
@@ -254,11 +254,21 @@ class CheckpointFolder:
                 if entry.name.isdigit() and entry.name not in used:
                     shutil.rmtree(entry, ignore_errors=True)
 
+    @contextmanager
+    def _by_whom(self) -> Iterator[dict[str, Any]]:
+        """Options of save and load: who takes part."""
+        if not self.alone:
+            yield {"process_group": self.group}
+            return
+        with warnings.catch_warnings():  # that there is no group
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield {"no_dist": True} if dist.is_initialized() else {}
+
     def _load(self, folder: str, state: dict[str, Any]) -> None:
         try:
-            # Every rank reads what it needs.
-            dcp.load(state, checkpoint_id=self.path / folder, no_dist=True)
-        except (dcp.CheckpointException, OSError, KeyError) as error:
+            with self._by_whom() as options:
+                load(state, checkpoint_id=self.path / folder, **options)
+        except (CheckpointException, OSError, KeyError) as error:
             raise ValueError(f"{folder}: {type(error).__name__}") from error
 
 

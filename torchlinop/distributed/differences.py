@@ -20,6 +20,7 @@ log = logging.getLogger("torchlinop")
 
 # The step |θ₊ − θ₋| / 2|θ| where nothing else is known, and the factors that are tried around it.
 _STEP = {torch.float64: 1e-6, torch.float32: 1e-4}
+_COARSE = 1e-2  # in half precision
 _TRIED = (1 / 16, 1 / 4, 1.0, 4.0)  # each is compared with its double
 
 
@@ -123,10 +124,13 @@ class CentralDifferences:
     ) -> Tensor:
         """|v| (f(θ₊) − f(θ₋)) / ⟨θ₊ − θ₋, v/|v|⟩; the same numbers divide on all ranks."""
         model, space = objective.model, objective.space
-        length = space.norm(v)
-        if not length > 0:
+        # By the largest entry first, so that no square under- or overflows.
+        largest = space.largest_entry(v)
+        if not largest > 0:
             return torch.zeros_like(f())
-        unit = v / length.to(v.dtype)
+        scaled = v / largest
+        length = space.norm(scaled)
+        unit = scaled / length.to(v.dtype)
         step = (self.step * space.norm(model.theta)).to(v.dtype)
         plus, minus = model.theta + step * unit, model.theta - step * unit
         model.write(plus)
@@ -134,11 +138,17 @@ class CentralDifferences:
         model.write(minus)
         difference -= f()
         moved = space.inner((plus - minus)[:, None], unit[:, None])[0, 0]
-        return difference.mul_((length / moved).to(difference.dtype))
+        return difference.mul_((length / moved).to(difference.dtype)).mul_(largest)
 
 
 def _usual_step(objective: ShardedObjective) -> float:
-    return _STEP.get(objective.layout.layout.precision, 1e-2)
+    """That of the coarsest dtype that parameters are stored or used in."""
+    return max(_STEP.get(dtype, _COARSE) for dtype in _dtypes(objective))
+
+
+def _dtypes(objective: ShardedObjective) -> list[torch.dtype]:
+    stored = objective.layout.layout.precision
+    return [stored, *torch_private.compute_dtypes(objective.model.module)]
 
 
 def _richardson(
@@ -152,13 +162,13 @@ def _richardson(
     fine = product(CentralDifferences(step), rounds, v)
     coarse = product(CentralDifferences(2 * step), rounds, v)
     norm = objective.space.norm
-    return float(2 * norm(coarse - fine) / norm(fine).clamp_min(1e-300))
+    size = float(norm(fine))
+    # A difference of nothing says that the step was rounded away.
+    return float(2 * norm(coarse - fine)) / size if size else math.inf
 
 
 def _refuse_half_precision(objective: ShardedObjective, force: bool) -> None:
-    stored = objective.layout.layout.precision
-    computed = torch_private.compute_dtypes(objective.model.module)
-    coarse = [d for d in (stored, *computed) if torch.finfo(d).eps > 1e-4]
+    coarse = [dtype for dtype in _dtypes(objective) if torch.finfo(dtype).eps > 1e-4]
     if coarse and not force:
         raise OptionError(
             f"finite differences need parameters and computation in float32 at least, got "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from torchlinop.distributed.piece import Piece, Ranges
 from torchlinop.errors import ParameterError
@@ -42,31 +44,34 @@ def _in_order_of_splits(name: str, tensor: DTensor) -> list[tuple[int, int]]:
     From left to right, but for strided shards: these were made last (FSDP of a tensor-parallel
     parameter splits what is left to split), and stand to the left of those made before.
     """
-    first, last = [], []
+    first: list[tuple[int, int]] = []
+    last: list[tuple[int, int]] = []
     for mesh_dim, placement in enumerate(tensor.placements):
+        strided = type(placement).__name__ == "_StridedShard"  # private of torch: known by name
         if isinstance(placement, Replicate):
             continue
-        if type(placement).__name__ == "_StridedShard":  # private of torch: known by its name
-            dim = placement.dim % tensor.ndim
-            after = [p for p in tensor.placements[mesh_dim + 1 :] if _shards(p, dim, tensor.ndim)]
-            sizes = tensor.device_mesh.shape[mesh_dim + 1 :]
-            pairs = zip(tensor.placements[mesh_dim + 1 :], sizes, strict=True)
-            factor = 1
-            for p, size in pairs:
-                factor *= size if _shards(p, dim, tensor.ndim) else 1
-            if not after or factor != placement.split_factor:
-                raise ParameterError(_unknown(name, tensor, "the strides are of no known split"))
-            last.insert(0, (dim, mesh_dim))
-        elif type(placement) is Shard:
-            first.append((placement.dim % tensor.ndim, mesh_dim))
-        else:
+        if not strided and type(placement) is not Shard:
             raise ParameterError(_unknown(name, tensor, f"{placement!r} is neither"))
-    return first + last
+        split = (_dim(placement, tensor), mesh_dim)
+        (last if strided else first).append(split)
+        factor = getattr(placement, "split_factor", None)
+        if strided and factor != _split_before(tensor, *split):
+            raise ParameterError(_unknown(name, tensor, "the strides are of no known split"))
+    return first + last[::-1]
 
 
-def _shards(placement: object, dim: int, ndim: int) -> bool:
-    own = getattr(placement, "dim", None)
-    return own is not None and own % ndim == dim
+def _split_before(tensor: DTensor, dim: int, mesh_dim: int) -> int:
+    """In how many parts placements to the right have split this dimension."""
+    after = range(mesh_dim + 1, tensor.device_mesh.ndim)
+    return math.prod(
+        tensor.device_mesh.size(m) for m in after if _dim(tensor.placements[m], tensor) == dim
+    )
+
+
+def _dim(placement: Placement, tensor: DTensor) -> int:
+    """The dimension of the tensor that a placement splits; -1 for none."""
+    dim: int | None = getattr(placement, "dim", None)
+    return -1 if dim is None else dim % tensor.ndim
 
 
 def _edges(length: int, chunks: int) -> list[int]:

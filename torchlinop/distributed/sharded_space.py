@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchlinop.distributed.interruption import current, interrupted_together, with_flag
 from torchlinop.distributed.piece import Piece
 from torchlinop.errors import VectorError
 from torchlinop.random_column import CHUNK, RandomColumn
 from torchlinop.run_store import RunStore
 from torchlinop.space import VectorSpace
-
-# Squares of norms beyond these limits leave the range of float64.
-_LARGE, _SMALL = 1e140, 1e-140
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,20 @@ class ShardedSpace(VectorSpace):
         return self.summed(self.share_of_inner(X, Y))
 
     def norm(self, v: Tensor) -> Tensor:
-        local = super().norm(v[: self.owned])
-        large, small = local > _LARGE, local < _SMALL
-        parts = [local.masked_fill(~large, 0) * _SMALL, local.masked_fill(~small, 0) * _LARGE]
-        between = local.masked_fill(large | small, 0)
-        lengths = self.summed(torch.stack([between, *parts]).square()).sqrt()
-        return lengths[0].hypot(lengths[1] * _LARGE).hypot(lengths[2] * _SMALL)
+        return self.summed(super().norm(v[: self.owned]).square()).sqrt()
 
     def summed(self, small: Tensor) -> Tensor:
-        return self._reduced(small, dist.ReduceOp.SUM)
+        run = current()
+        if run is None:
+            return self._reduced(small, dist.ReduceOp.SUM)
+        numbers = torch.view_as_real(small) if small.is_complex() else small
+        message = self._reduced(with_flag(numbers, run.asked), dist.ReduceOp.SUM)
+        run.settle(message[-1:])
+        total = message[:-1].view(numbers.shape)
+        return torch.view_as_complex(total) if small.is_complex() else total
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        return interrupted_together()
 
     def agree(self, flag: bool) -> bool:
         return self.least(-float(flag)) < 0
@@ -106,14 +110,12 @@ class ShardedSpace(VectorSpace):
         for start, indices in self.indices():
             part = local[: self.owned][start : start + len(indices)]
             whole[indices[: len(part)].to(local.device)] = part
-        return self.summed(whole)
+        return self._reduced(whole, dist.ReduceOp.SUM)
 
     def store(self, path: str | Path) -> RunStore:
         from torchlinop.distributed.checkpoint import CheckpointFolder  # noqa: PLC0415  # slow
 
-        return CheckpointFolder(
-            Path(path), self, self.pieces, self.owned, self.group, alone=False
-        )
+        return CheckpointFolder(Path(path), self, self.pieces, self.owned, self.group, alone=False)
 
     def _refuse(self, v: Tensor, rows: int) -> None:
         if len(v) != rows:
@@ -121,17 +123,3 @@ class ShardedSpace(VectorSpace):
                 f"expected {rows:,} rows (this rank holds {self.local_size:,} of {self.size:,}), "
                 f"got {tuple(v.shape)}; pass a vector or a block with as many"
             )
-
-
-def split_over(
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
-) -> ShardedSpace:
-    """Vectors split evenly over the ranks of a group, in order: the last ranks may have less."""
-    rows = -(-size // dist.get_world_size(group))
-    start = min(size, rows * dist.get_rank(group))
-    stop = min(size, start + rows)
-    piece = Piece(0, (size,), (((start, stop),),))
-    return ShardedSpace(size, dtype, device, (piece,), stop - start, group)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from torchlinop.derivatives import without_deprecations
 from torchlinop.distributed.torch_private import GatheredParameter, Group, forward_rules, groups
 
 # A sharded parameter -> the shard of the direction that belongs to it; None if it is fixed.
@@ -27,6 +28,7 @@ def tangents(model: nn.Module, direction: Direction, *, reverse: bool) -> Iterat
     """
     with ExitStack() as stack:
         stack.enter_context(forward_rules())
+        stack.enter_context(without_deprecations())
         for group in groups(model):
             of_group = _Tangents(group, direction, reverse)
             stack.enter_context(of_group.inserted())

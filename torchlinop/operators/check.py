@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torchlinop.errors import NonFiniteError, PrecisionWarning, SymmetryError
+from torchlinop.errors import NonFiniteError, PrecisionWarning, SymmetryError, warn_caller
+from torchlinop.model_state import full_precision
 from torchlinop.space import VectorSpace
 
 _LINEAR = 0.1  # half-precision products are off by a hundredth, a nonlinear map by its size
@@ -76,6 +76,13 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
     Raises:
         NonFiniteError, SymmetryError: with ``strict``, where the report is not ok.
     """
+    with full_precision(operator.space.device):
+        report = _measured(operator, seed)
+    _announce(operator, report, strict=strict)
+    return report
+
+
+def _measured(operator: Multiplies, seed: int) -> CheckReport:
     space = operator.space
     u, v = space.random(2, seed).unbind(1)
     Av = operator.matvec(v)
@@ -96,7 +103,7 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
     eps = torch.finfo(space.dtype).eps
     linearity = relative(mixed - Au - _FACTOR * Av, Au, Av)
     noise = max(linearity, relative(scaled - _FACTOR * Av, _FACTOR * Av))
-    report = CheckReport(
+    return CheckReport(
         operator=repr(operator),
         notes=(*operator.notes, f"memory: {_bytes_of(space):,} bytes a vector"),
         repeatability=relative(again - Av, Av),
@@ -109,6 +116,10 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
         # as large as the noise of the products in it.
         bounds=(100 * eps, max(100 * eps, 10 * min(noise, _LINEAR / 10)), _LINEAR),
     )
+
+
+def _announce(operator: Multiplies, report: CheckReport, *, strict: bool) -> None:
+    """Raise or warn of what is wrong."""
     if strict and not report.finite:
         raise NonFiniteError(
             f"the products of {operator!r} hold NaN or infinity; "
@@ -120,12 +131,11 @@ def check(operator: Multiplies, *, seed: int = 0, strict: bool = False) -> Check
             f"repeatability {report.repeatability:.0e}; noise floor {report.noise:.0e} of the "
             f"product of {operator!r}. Make the product symmetric, or look for randomness in it"
         )
-    if report.finite and report.noise > eps**0.5:
-        warnings.warn(
-            f"product noise is {report.noise:.0e} of the norm, in {space.dtype} vectors; "
+    dtype = operator.space.dtype
+    if report.finite and report.noise > torch.finfo(dtype).eps ** 0.5:
+        warn_caller(
+            f"product noise is {report.noise:.0e} of the norm, in {dtype} vectors; "
             f"eigenvalues below {report.noise * report.norm:.1g} and tol < {report.noise:.0e} are "
             "not meaningful.",
             PrecisionWarning,
-            stacklevel=3,
         )
-    return report

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.errors import OptionError, VectorError
+from torchlinop.model_state import full_precision
 from torchlinop.space import VectorSpace
 
 BlockMap = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ def _product(multiply: BlockMap, space: VectorSpace, rows: int, V: Tensor) -> Te
             return _product(multiply, space, rows, V.clone())
     if V.shape[1] == 0:
         return V.new_empty(rows, 0)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(space.device):
         AV = multiply(V.clone() if V.is_inference() else V.detach())
         # A product that hands its input through would let callers overwrite it.
         return AV.clone() if 0 <= AV.data_ptr() - V.data_ptr() < V.nbytes else AV

@@ -1,0 +1,367 @@
+"""Over ranks, every matrix is the one that a single process has of the batches of all of them."""
+
+import copy
+import io
+import sys
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import EVEN, PROBLEMS, UNEQUAL, mlp, of_rank, union
+from processes import failures, on_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from torchlinop import (
+    EKFACOperator,
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GGNOperator,
+    HessianOperator,
+    KFACOperator,
+    LambdaOperator,
+    as_linear_operator,
+    lanczos,
+    match_names,
+    options,
+    spectral_density,
+    trace,
+)
+from torchlinop.bench.collectives import Collectives
+from torchlinop.distributed import (
+    DDPEmpiricalFisherOperator,
+    DDPGGNOperator,
+    DDPHessianOperator,
+    data_parallel,
+)
+from torchlinop.errors import OptionError, ProcessGroupError
+from torchlinop.progress import products_shown
+from torchlinop.testing.gallery import in_batches
+
+# name -> class, whether it takes the outputs and their loss apart, options
+MATRICES = {
+    "hessian": (HessianOperator, False, {}),
+    "hessian by differences": (HessianOperator, False, {"method": "finite_difference"}),
+    "hessian, data read again": (HessianOperator, False, {"pin_data": False}),
+    "hessian in train mode": (HessianOperator, False, {"mode": "train"}),
+    "hessian in microbatches": (HessianOperator, False, {"microbatch_size": 2}),
+    "mean over batches": (HessianOperator, False, {"weighting": "batch-mean"}),
+    "ggn": (GGNOperator, True, {}),
+    "fisher": (FisherOperator, True, {}),
+    "sampled fisher": (FisherOperator, True, {"mc_samples": 2}),
+    "empirical fisher": (EmpiricalFisherOperator, False, {}),
+    "empirical fisher of terms": (EmpiricalFisherOperator, True, {}),
+    "empirical fisher of batches": (EmpiricalFisherOperator, False, {"per_sample": False}),
+    "kfac": (KFACOperator, True, {}),
+    "sampled kfac": (KFACOperator, True, {"fisher_type": "mc", "mc_samples": 2}),
+    "ekfac": (EKFACOperator, True, {"separate_weight_and_bias": False}),
+}
+OF_OUTPUTS = ["ggn", "sampled fisher", "empirical fisher of terms", "kfac", "ekfac"]
+TABLE = [
+    *(("mlp", 2, UNEQUAL, matrix) for matrix in MATRICES),
+    *(("mlp", 4, UNEQUAL, matrix) for matrix in ("hessian", "sampled kfac")),
+    *(("mlp", 1, EVEN, matrix) for matrix in ("hessian", "sampled kfac")),
+    *(("regression", 2, EVEN, matrix) for matrix in ("hessian", *OF_OUTPUTS)),
+    *(("tied", 2, UNEQUAL, matrix) for matrix in ("hessian", *OF_OUTPUTS)),
+    *(("frozen", 2, UNEQUAL, matrix) for matrix in ("hessian", *OF_OUTPUTS)),
+    *(
+        ("gpt2", 2, UNEQUAL, matrix)
+        for matrix in ("hessian", "hessian in train mode", "empirical fisher")
+    ),
+    ("llama", 2, UNEQUAL, "hessian"),
+]
+
+
+def error_of_products(problem, matrix, batches, all_batches):
+    """Against the operator of a single process on all batches, relative to its largest entry."""
+    kind, of_outputs, options = MATRICES[matrix]
+    loss = (problem.forward_fn, problem.criterion) if of_outputs else (problem.loss_fn,)
+    op = data_parallel(kind)(problem.model, batches, *loss, **options)
+    alone = kind(problem.model, all_batches, *loss, **options)
+    expected = alone.matmat(V := op.space.random(3, seed=1))
+    return float((op.matmat(V) - expected).abs().max() / expected.abs().max())
+
+
+def errors_on_this_rank(name, proportions, matrices):
+    problem, rank, world_size = PROBLEMS[name](), dist.get_rank(), dist.get_world_size()
+    batches = of_rank(problem, rank, world_size, proportions)
+    everything = union(problem, world_size, proportions)
+    return {m: error_of_products(problem, m, batches, everything) for m in matrices}
+
+
+@cache
+def errors_on_ranks(name, world_size, proportions):
+    matrices = [m for n, w, p, m in TABLE if (n, w, p) == (name, world_size, proportions)]
+    return on_ranks(world_size, errors_on_this_rank, name, proportions, matrices, timeout=300)
+
+
+@pytest.mark.parametrize(("name", "world_size", "proportions", "matrix"), TABLE)
+def test_products_are_those_of_one_process_with_all_batches(name, world_size, proportions, matrix):
+    of_ranks = errors_on_ranks(name, world_size, proportions)
+    assert len(of_ranks) == world_size
+    assert max(errors[matrix] for errors in of_ranks) <= 1e-14
+
+
+def mine(problem):
+    """The batches of this rank."""
+    return of_rank(problem, dist.get_rank(), dist.get_world_size())
+
+
+def counted_collectives():
+    p = mlp()
+    op = data_parallel(HessianOperator(p.model, mine(p), p.loss_fn))
+    seen = []
+    for V in (op.space.random(1)[:, 0], op.space.random(5)):
+        with Collectives() as collectives:
+            op @ V
+        seen.append(collectives.seen)
+    with Collectives() as collectives:
+        lanczos(op, k=2, max_iter=20, ncv=20, tol=0, reorthogonalize="none")
+    return len(mine(p)), op.size, seen, collectives.seen
+
+
+def test_a_product_is_one_all_reduce_whatever_the_number_of_batches_and_columns():
+    for batches, n, (of_vector, of_block), of_lanczos in on_ranks(2, counted_collectives):
+        assert batches in (1, 7)
+        assert of_vector == [("all-reduce", 8 * (n + 33))]
+        assert of_block == [("all-reduce", 8 * (5 * n + 33))]
+        others = [of for of in of_lanczos if of != of_vector[0]]
+        assert len(of_lanczos) - len(others) == 20
+        assert set(others) <= {("all-reduce", 8)}  # agreement on when to stop, and on memory
+        assert len(others) <= 40
+
+
+def calls_of_hessian_eigenthings():
+    p = mlp()
+    kwargs = {"model": DistributedDataParallel(p.model), "dataloader": mine(p)}
+    op = DDPHessianOperator(
+        loss_fn=p.loss_fn,
+        param_filter=match_names("2.*"),
+        full_dataset=True,
+        num_batches=None,
+        microbatch_size=4,
+        microbatch_unsafe=False,
+        method="finite_difference",
+        fd_eps=1e-5,
+        backend=None,
+        **kwargs,
+    )
+    eigenvalues, _ = lanczos(op, k=3, max_iter=50)
+    everything = union(p, dist.get_world_size())
+    H = HessianOperator(p.model, everything, p.loss_fn, param_filter=match_names("2.*")).to_dense()
+    G = DDPGGNOperator(
+        forward_fn=p.forward_fn, loss_of_output_fn=p.criterion, **kwargs
+    ) - GGNOperator(p.model, everything, p.forward_fn, p.criterion)
+    F = DDPEmpiricalFisherOperator(loss_fn=p.loss_fn, **kwargs) - EmpiricalFisherOperator(
+        p.model, everything, p.loss_fn
+    )
+    expected = torch.linalg.eigvalsh(H).flip(0)[:3]
+    return float((eigenvalues - expected).abs().max()), G.to_dense().norm(), F.to_dense().norm()
+
+
+def test_calls_written_for_hessian_eigenthings_run_on_models_wrapped_in_ddp():
+    for of_eigenvalues, of_ggn, of_fisher in on_ranks(2, calls_of_hessian_eigenthings):
+        assert of_eigenvalues <= 1e-6  # of differences
+        assert max(of_ggn, of_fisher) <= 1e-14
+
+
+def results_of_algorithms():
+    p = mlp()
+    op = data_parallel(HessianOperator)(p.model, mine(p), p.loss_fn)
+    density = spectral_density(op, num_runs=2, lanczos_steps=12, seed=3)
+    return {
+        "lanczos": lanczos(op, k=3, tol=1e-12).eigenvalues,
+        "trace": torch.as_tensor(trace(op, num_matvecs=24, seed=3).estimate),
+        "spectral_density": torch.as_tensor(density.density),
+    }
+
+
+@cache
+def algorithms(world_size):
+    return on_ranks(world_size, results_of_algorithms)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("which", ["lanczos", "trace", "spectral_density"])
+def test_algorithms_give_on_all_ranks_what_one_rank_gives(world_size, which):
+    (alone,) = algorithms(1)
+    for result in algorithms(world_size):
+        error = (result[which] - alone[which]).abs().max()
+        assert error <= 1e-10 * alone[which].abs().max()
+
+
+def raises_on_rank_1(model, batch):
+    if dist.get_rank() == 1 and not torch.is_inference_mode_enabled() and raises_on_rank_1.armed:
+        raise RuntimeError("the loss failed")
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+raises_on_rank_1.armed = False
+
+
+def a_failing_loss(at_construction):
+    p = mlp()
+    before = copy.deepcopy(p.model.state_dict())
+    raises_on_rank_1.armed = at_construction
+    message = None
+    try:
+        op = data_parallel(HessianOperator)(
+            p.model, mine(p), raises_on_rank_1, linearization="rebuild"
+        )
+        raises_on_rank_1.armed = True
+        op @ op.space.random(1)
+    except Exception as error:
+        message = type(error).__name__, str(error)
+    raises_on_rank_1.armed = False
+    unchanged = all(torch.equal(before[n], t) for n, t in p.model.state_dict().items())
+    own = all(type(q) is torch.nn.Parameter and q.grad is None for q in p.model.parameters())
+    op = data_parallel(HessianOperator)(p.model, mine(p), raises_on_rank_1)
+    alone = HessianOperator(p.model, union(p, dist.get_world_size()), raises_on_rank_1)
+    v = op.space.random(1)
+    return message, unchanged and own, float((op @ v - alone @ v).abs().max())
+
+
+@pytest.mark.parametrize("at_construction", [True, False])
+def test_a_loss_that_fails_on_one_rank_ends_all_and_leaves_the_model_as_it_was(at_construction):
+    for (kind, sentence), untouched, later in on_ranks(2, a_failing_loss, at_construction):
+        assert (kind, sentence) == ("RuntimeError", "on rank 1 of 2: the loss failed")
+        assert untouched
+        assert later <= 1e-14
+
+
+def without_data(of_rank_1):
+    p = mlp()
+    DDPHessianOperator(p.model, of_rank_1 if dist.get_rank() else mine(p), p.loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("of_rank_1", "sentence"),
+    [
+        ([], "on rank 1 of 2: the data gave no batches; pass a list"),
+        (
+            [(torch.randn(2, 6).double(), torch.full((2,), -100))],
+            "on rank 1 of 2: the data hold no loss term",
+        ),
+    ],
+)
+def test_a_rank_without_data_ends_all(of_rank_1, sentence):
+    told = failures(2, without_data, of_rank_1)
+    assert told[0] == told[1]
+    assert told[0][0] == "EmptyDataError"
+    assert told[0][1].startswith(sentence)
+
+
+def different(what):
+    p, rank = mlp(), dist.get_rank()
+    kind, options = HessianOperator, {}
+    if what == "values" and rank:
+        p.model[2].bias.data[0] += 1e-9
+    if what == "shapes" and rank:
+        p.model[2] = torch.nn.Linear(5, 3, bias=False).double()
+    if what == "mode":
+        options["mode"] = ["eval", "train"][rank]
+    if what == "weights" and rank:
+        options["weight"] = lambda batch: 1.0
+    if what == "options" and rank:
+        options["method"] = "forwards"
+    op = data_parallel(kind)(p.model, mine(p), p.loss_fn, **options)
+    v = op.space.random(1, seed=rank)
+    lanczos(op, k=1, v0=-v if rank else v) if what == "v0" else op @ v
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "sentence"),
+    [
+        ("values", "ProcessGroupError", "the ranks hold different values of 2.bias"),
+        ("shapes", "ProcessGroupError", r"differ in a parameter or buffer, 2.bias: \(3,\)"),
+        ("mode", "ProcessGroupError", "the ranks differ in mode: 'eval' on rank 0, 'train' on"),
+        ("weights", "WeightingError", "the ranks weigh their batches differently"),
+        ("options", "OptionError", "on rank 1 of 2: unknown method 'forwards'"),
+        ("vectors", "DivergenceError", "the ranks passed different vectors to a product"),
+        ("v0", "DivergenceError", r"Give it the same start \(v0\) and seed on all ranks"),
+    ],
+)
+def test_ranks_that_differ_are_all_told_so(what, kind, sentence):
+    told = failures(2, different, what)
+    assert told[0] == told[1]
+    assert told[0][0] == kind
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(told[0][1])
+
+
+def test_without_a_process_group_it_says_how_to_make_one():
+    p = mlp()
+    with pytest.raises(ProcessGroupError, match="torch.distributed is not initialised"):
+        DDPHessianOperator(p.model, p.batches, p.loss_fn)
+
+
+def refused(of_class):
+    data_parallel(LambdaOperator if of_class else LambdaOperator(3, lambda v: v))
+
+
+@pytest.mark.parametrize("of_class", [True, False])
+def test_matrices_without_data_are_refused(of_class):
+    ((kind, sentence),) = failures(1, refused, of_class)
+    assert kind == "OptionError"
+    assert "LambdaOperator; make data_parallel of each part" in sentence
+
+
+def with_a_backend():
+    p = mlp()
+    DDPHessianOperator(p.model, p.batches, p.loss_fn, backend=torch)
+
+
+def test_a_backend_is_refused():
+    ((kind, sentence),) = failures(1, with_a_backend)
+    assert kind == OptionError.__name__
+    assert "expected no backend, got a module" in sentence
+
+
+def of_labels_that_only_ranks_together_tell_apart():
+    """Rank 0 has full sequences, rank 1 half masked ones: each alone, samples count the same."""
+    p = PROBLEMS["gpt2"]()
+    tokens = p.full_batch["input_ids"][:4]
+    mask = torch.ones_like(tokens)
+    labels = tokens.clone()
+    labels[2:, 4:] = -100
+    rows = [{"input_ids": tokens, "attention_mask": mask, "labels": labels}]
+    halves = in_batches(rows[0], 2, 2)
+    op = data_parallel(HessianOperator)(p.model, [halves[dist.get_rank()]], p.loss_fn)
+    alone = HessianOperator(p.model, rows, p.loss_fn)
+    v = op.space.random(1)
+    return float((op @ v - alone @ v).norm() / (alone @ v).norm())
+
+
+def test_weights_are_found_on_batches_of_all_ranks():
+    assert max(on_ranks(2, of_labels_that_only_ranks_together_tell_apart)) <= 1e-13
+
+
+def of_sums():
+    p = mlp()
+
+    def total(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    op = data_parallel(HessianOperator(p.model, mine(p), total))
+    alone = HessianOperator(p.model, union(p, dist.get_world_size()), total)
+    again = data_parallel(op)
+    assert as_linear_operator(again).shape == op.shape
+    return float((again.to_dense() - alone.to_dense()).norm())
+
+
+def test_a_loss_that_is_a_sum_is_summed_and_parallel_twice_is_once():
+    assert max(on_ranks(2, of_sums)) <= 1e-13
+
+
+def shown_bar():
+    sys.stderr = written = io.StringIO()
+    with options(progress=True), products_shown(True, total=3) as advance:
+        advance(3)
+    sys.stderr = sys.__stderr__
+    return written.getvalue()
+
+
+def test_of_several_ranks_the_first_shows_progress():
+    first, *others = on_ranks(3, shown_bar)
+    assert "3/3" in first
+    assert others == ["", ""]
