@@ -399,6 +399,7 @@ RUNS = {
     "product": lambda A: (A @ torch.ones(60)).tolist(),
     "check": lambda A: A.check().symmetry,
     "lanczos": lambda A: lanczos(A, 3, which="LA").eigenvalues.tolist(),
+    "orthogonality": lambda A: lanczos(A, 3, which="LA").orthogonality_loss,
     "trace": lambda A: trace(A, 40).estimate,
     "density": lambda A: spectral_density(A, 2, 10).density.tolist(),
     "solve": lambda A: solve(A, torch.ones(60), damping=5.0).x.tolist(),

@@ -55,10 +55,9 @@ class BorrowedModel:
     """
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, mode: Mode, seed: int) -> None:
-        if mode not in get_args(Mode):
-            raise OptionError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
+        refuse_unknown_mode(mode)
         self.module = unwrap(model)
-        _refuse_renormalised_embeddings(self.module)
+        refuse_renormalised_embeddings(self.module)
         self.mode = mode
         self.seed = seed
         self.device = layout.slots[0].device
@@ -89,7 +88,7 @@ class BorrowedModel:
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
             self._key = int(key[0])
             self.module.train((mode or self.mode) == "train")
-            for embedding in _embeddings(self.module):
+            for embedding in embeddings(self.module):
                 embedding.sparse = False  # gradients are dense vectors here
             yield
 
@@ -122,21 +121,34 @@ class BorrowedModel:
 
     def warn_if_training(self) -> None:
         """Warn when evaluation mode changes what the user's model computes."""
-        dropouts, norms = _moody([m for m in self.module.modules() if m.training])
-        if self.mode == "eval" and dropouts + norms:
-            warn_caller(
-                f"model.training is True; {dropouts} Dropout and {norms} BatchNorm modules were "
-                'evaluated in eval mode. Pass mode="train" for the training-mode matrix.',
-                TrainModeWarning,
-            )
+        warn_if_training(self.module, self.mode)
 
 
-def _embeddings(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
+def refuse_unknown_mode(mode: str) -> None:
+    """Raise OptionError for a mode that there is not."""
+    if mode not in get_args(Mode):
+        raise OptionError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
+
+
+def warn_if_training(module: nn.Module, mode: Mode) -> None:
+    """Warn when evaluation mode changes what the user's model computes."""
+    dropouts, norms = _moody([m for m in module.modules() if m.training])
+    if mode == "eval" and dropouts + norms:
+        warn_caller(
+            f"model.training is True; {dropouts} Dropout and {norms} BatchNorm modules were "
+            'evaluated in eval mode. Pass mode="train" for the training-mode matrix.',
+            TrainModeWarning,
+        )
+
+
+def embeddings(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
+    """All lookup tables of a model."""
     return (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
 
 
-def _refuse_renormalised_embeddings(model: nn.Module) -> None:
-    if any(embedding.max_norm is not None for embedding in _embeddings(model)):
+def refuse_renormalised_embeddings(model: nn.Module) -> None:
+    """Raise OptionError for a table whose forward pass changes its weight."""
+    if any(embedding.max_norm is not None for embedding in embeddings(model)):
         raise OptionError(
             "an Embedding with max_norm changes its own weight as it is used, so that the loss is "
             "no function of the parameters; renormalise the weight once and set max_norm=None"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ def products_shown(progress: bool, total: int | None = None) -> Iterator[Callabl
 
 
 def _is_first_rank() -> bool:
-    distributed = sys.modules.get("torch.distributed")  # absent from some builds of torch
+    distributed: Any = sys.modules.get("torch.distributed")  # absent from some builds of torch
     started = distributed and distributed.is_available() and distributed.is_initialized()
     return not started or distributed.get_rank() == 0
 

@@ -11,6 +11,7 @@ import inspect
 import re
 from typing import Any, is_typeddict
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 from torchlinop.algorithms.result import Result
@@ -75,9 +76,17 @@ def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: An
     return True if without_words else None
 
 
+def dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Sphinx puts two hyphens between a parameter and what is said of it."""
+    for text in [*doctree.findall(nodes.Text)]:
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", process, priority=400)  # napoleon's is 500
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
+    app.connect("doctree-read", dashes)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

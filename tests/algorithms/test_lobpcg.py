@@ -121,6 +121,21 @@ def test_a_start_from_an_earlier_result_saves_products():
     assert lobpcg(MatrixOperator(A), 5, v0=lanczos(MatrixOperator(A), 5)).matmats <= 3
 
 
+def test_guard_vectors_take_no_products_and_save_some():
+    A = MatrixOperator(matrix(spectrum("slow", 200)))
+    without, guarded = (lobpcg(A, 3, guard=guard, verify=False) for guard in (0, 3))
+    assert guarded.matvecs < 0.9 * without.matvecs
+    assert guarded.matvecs <= 3 * guarded.matmats
+
+
+def test_a_budget_that_leaves_no_products_to_verify_is_spent_on_the_pairs():
+    A = matrix(spectrum("nn", 200))
+    needed = lobpcg(MatrixOperator(A), 3, verify=False).matvecs
+    result = lobpcg(MatrixOperator(A), 3, needed)
+    assert (result.status, result.residual_kind) == ("converged", "recurrence")
+    assert_honest(result, A, spectrum("nn", 200)[:3])
+
+
 def test_a_sparse_matrix_of_scipy_has_known_eigenvalues():
     n = 60
     laplacian = scipy.sparse.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(n, n))
@@ -167,7 +182,7 @@ def test_an_unreachable_tolerance_ends_in_stagnation(dtype):
 
 def test_a_budget_is_kept_and_strict_raises_with_the_result():
     counting = CountingOperator(MatrixOperator(matrix(spectrum("slow", 200))))
-    with pytest.raises(NotConvergedError, match="0 of 5 pairs reached tol=1e-06 after") as caught:
+    with pytest.raises(NotConvergedError, match=r"[0-4] of 5 pairs reached") as caught:
         lobpcg(counting, 5, 40, strict=True)
     result = caught.value.result
     assert result.status == "maxmatvecs"
@@ -218,7 +233,7 @@ OPERATOR = MatrixOperator(matrix(spectrum("nn", 50)))
         ({"which": "LM"}, OptionError, 'unknown which \'LM\'; choose "LA" or "SA"'),
         ({"tol": -1.0}, OptionError, "expected tol from 0 to 1"),
         ({"guard": -1}, OptionError, "expected guard to be at least 0, got -1"),
-        ({"max_iter": 5}, OptionError, "to be at least 6, one for every column of the block"),
+        ({"max_iter": 1}, OptionError, "to be at least 2, one for every column of the block"),
         ({"v0": torch.zeros(50, dtype=F64)}, VectorError, "a finite v0 other than zero"),
         ({"v0": torch.ones(49, dtype=F64)}, VectorError, r"expected v0 of shape \(50,\)"),
         ({"v0": torch.ones(50, 5, dtype=F64)}, VectorError, "with b from 1 to 4"),
@@ -238,7 +253,7 @@ def test_bad_options_are_refused_before_a_product(options, error, message):
 
 def test_products_that_are_not_finite_are_named():
     op = LambdaOperator(50, lambda v: v * torch.nan, dtype=F64)
-    with pytest.raises(NonFiniteError, match="hold NaN or infinity, by product 5"):
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity, by product 3"):
         lobpcg(op, 3)
 
 

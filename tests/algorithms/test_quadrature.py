@@ -311,7 +311,7 @@ def test_an_interrupted_quadrature_has_the_steps_taken():
 
 
 def test_a_quadrature_can_be_saved_and_loaded(tmp_path):
-    quadrature = slq(MatrixOperator(torch.eye(9)), 2, 3, seed=5)
+    quadrature = slq(MatrixOperator(torch.diag(torch.arange(9.0))), 2, 3, seed=5)
     quadrature.save(tmp_path / "slq.safetensors")
     again = Quadrature.load(tmp_path / "slq.safetensors")
     torch.testing.assert_close(again.nodes, quadrature.nodes, equal_nan=True)
@@ -375,7 +375,7 @@ def test_the_log_determinant_of_a_singular_or_indefinite_matrix_is_refused(small
 
 
 def test_repr_says_what_was_done():
-    quadrature = slq(MatrixOperator(torch.eye(9)), 2, 3, seed=5)
+    quadrature = slq(MatrixOperator(torch.diag(torch.arange(9.0))), 2, 3, seed=5)
     assert "n = 9 | 2 probes x 3 steps | 6 matvecs" in repr(quadrature)
     assert "95 % [" in repr(quadrature.spectral_sum(torch.exp))
 

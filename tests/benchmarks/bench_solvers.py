@@ -21,14 +21,25 @@ import density_measures
 import eigen_measures
 import step_costs
 import torch
-import trace_measures
 from eigen_candidates import AT_EQUAL_PRODUCTS, CANDIDATES, OURS
 from eigen_requests import Request
 from report import device_name, version
-from solver_problems import eigenvalue_problems, trace_problems
+from solver_problems import Counted, eigenvalue_problems, trace_problems
 from solver_report import Results
 
+from torchlinop import CurvatureOperator, trace
+from torchlinop.algorithms.trace_result import TraceResult
+from torchlinop.compare import Candidate, TraceRequest, compare_traces, trace_estimator
+
 SECTIONS = ("pairs", "steps", "traces", "densities")
+
+
+def xnystrace(A: CurvatureOperator, request: TraceRequest) -> TraceResult:
+    """For positive semidefinite matrices; of others it says so."""
+    return trace(A, request.num_matvecs, method="xnystrace", seed=request.seed)
+
+
+TRACE_ESTIMATORS = (*trace_estimator.names, Candidate("torchlinop xnystrace", xnystrace))
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,15 @@ def measure_traces(results: Results, sizes: Sizes) -> None:
     for title, matrix in trace_problems(sizes.n_of_traces).items():
         for products in sizes.trace_products:
             say("trace", title, f"{products}")
-            results.traces[f"{title}, {products}"] = {
-                name: trace_measures.measure(matrix, estimator, products, sizes.trace_seeds)
-                for name, estimator in trace_measures.ESTIMATORS.items()
-            }
+            found = compare_traces(
+                {title: Counted(matrix).ours()},
+                products,
+                TRACE_ESTIMATORS,
+                seeds=sizes.trace_seeds,
+                truth=matrix.eigenvalues,
+                histories=False,
+            )
+            results.traces[f"{title}, {products}"] = {row.solver: row for row in found.rows}
 
 
 def measure_densities(results: Results, sizes: Sizes) -> None:

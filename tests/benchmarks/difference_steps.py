@@ -12,10 +12,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from pydoc_data.topics import topics
 from torch import Tensor, nn
 
 from torchlinop import HessianOperator, lanczos

@@ -13,7 +13,8 @@ from eigen_candidates import HELD, OURS
 from eigen_measures import Row
 from report import table, verdict
 from step_costs import Costs
-from trace_measures import TraceRow
+
+from torchlinop.compare.traces import TraceRow
 
 WORSE = 1.1  # a ratio of eigenvalue errors above this is worse
 ROUNDING = 1e-12  # eigenvalue errors below this are alike

@@ -161,7 +161,7 @@ FAULTS = {
     ),
     "a loss of another form": (
         situation(loss="lambda outputs, y: F.cross_entropy(outputs, y)"),
-        "FAULT   matrix   raised TypeError: ",
+        "OptionError: loss(model, batch) raised TypeError: ",
     ),
     "weights unknown": (
         situation("w = torch.tensor([.1, 1, 7])",

@@ -190,6 +190,29 @@ def test_an_option_that_does_not_fit_is_one_sentence_and_code_2(words, sentence,
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["eigs", "-k", "100"], "expected k from 1 to n = 53, got 100"),
+        (["eigs", "--tol", "2"], "expected tol from 0 to 1, relative to |λ|, got 2.0"),
+        (["eigs", "--ncv", "2"], "expected ncv from k + 1 = 11 to n = 53, got 2"),
+        (["eigs", "--max-matvecs", "3"], "the budget of products, to be at least 10"),
+        (["eigs", "--max-seconds", "0"], "expected max_seconds to be positive, got 0.0"),
+        (["trace", "--rtol", "0"], "expected rtol to be above 0, got 0.0"),
+        (["trace", "--max-matvecs", "0"], "expected num_matvecs"),
+        (["density", "--probes", "0"], "expected at least one probe and step, got 0 probes"),
+        (["density", "--points", "1"], "expected two grid points or more, got 1"),
+    ],
+)
+def test_a_number_that_does_not_fit_is_one_sentence_and_code_2(words, sentence, mlp, capsys):
+    command, *options = words
+    assert main([command, mlp, *options]) == 2
+    out, error = capsys.readouterr()
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not out
+
+
 @pytest.mark.parametrize("name", ["operator", "device", "dtype"])
 def test_an_operator_has_its_own_kind_device_and_dtype(name, spec, capsys):
     value = {"operator": "ggn", "device": "cpu", "dtype": "float32"}[name]
@@ -205,6 +228,14 @@ def test_an_error_of_the_model_is_one_sentence_unless_asked_for_more(spec, capsy
     assert re.search(r" \(model_\w+\.py, line \d+\); pass --verbose to see all of it\n$", error)
     assert main(["trace", wrong, "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_function_of_outputs_and_targets_is_told_how_it_was_called(spec, capsys):
+    made = returning(spec, "model, data, lambda outputs, targets: F.mse_loss(outputs, targets)")
+    assert main(["trace", made]) == 2
+    error = capsys.readouterr().err
+    assert "error: loss(model, batch) raised " in error
+    assert 'return a dict with "forward", for one of (outputs, targets) a module' in error
 
 
 def test_verbose_shows_what_build_raised(spec, capsys):

@@ -160,8 +160,10 @@ def test_a_run_that_was_stopped_is_not_begun_anew_unasked(stopped, capsys):
     assert main(words) == 2
     assert "holds an unfinished run; pass --resume to go on with it" in capsys.readouterr().err
     assert (out.read_bytes(), state.read_bytes()) == before
+    assert main([*words, "--overwrite", "-k", "0"]) == 2
+    assert (out.read_bytes(), state.read_bytes()) == before
     assert main([*words, "--overwrite"]) == 0
-    assert not state.exists()
+    assert not [path for path in out.parent.iterdir() if "checkpoint" in path.name]
 
 
 def test_a_run_of_other_options_is_not_gone_on_with(stopped, capsys):

@@ -1,8 +1,10 @@
 """Algorithms on shards give what they give on one process, with the same seed."""
 
+import numpy as np
 import pytest
 import torch
 from processes import on_ranks
+from scipy.sparse.linalg import eigsh
 from sharded_matrices import ShardedMatrix, matrix, positive, uneven
 from torch import Tensor
 
@@ -109,6 +111,12 @@ def checked(op):
     return [torch.tensor(report.norm)]
 
 
+def by_scipy(op):
+    v0 = np.ones(op.size)
+    values = eigsh(tl.as_linear_operator(op), 2, v0=v0, return_eigenvectors=False)
+    return [torch.from_numpy(values)]
+
+
 OF_ANY = {
     "random": lambda op: [op.space.gather(op.space.random(2, 1, "sphere"))],
     "check": checked,
@@ -142,6 +150,7 @@ OF_ANY = {
     "bracket": bracket,
     "spectrum": spectra,
     "stochastic": noisy,
+    "SciPy": by_scipy,
 }
 OF_POSITIVE = {
     "xnystrace": traces("xnystrace"),

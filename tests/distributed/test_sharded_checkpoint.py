@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from processes import RankDiedError, RankFailedError, failures, on_ranks
 from sharded_matrices import ShardedMatrix, matrix, uneven
+from test_sharded_layout import fsdp, fsdp_of_tensor_parallel, hsdp
 
 from torchlinop import CountingOperator, MatrixOperator, lanczos, slq
+from torchlinop.distributed import ShardedLayout
 from torchlinop.distributed import checkpoint as folders
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -109,6 +111,28 @@ def test_after_a_rank_was_killed_nothing_but_the_last_step_is_taken_again(
             assert_is_the_run_without_a_stop(found, expected)
             before = killed_in - 1  # products that were complete
             assert found["products"] == expected.matvecs - before + 1
+
+
+def on_model(sharding, path, **options):
+    layout = ShardedLayout.of(sharding(dist.get_world_size()))
+    op = ShardedMatrix(matrix(layout.size), layout.space())
+    found = run(op, path, **options)
+    return found.eigenvalues, op.space.gather(found.eigenvectors), op.products, layout.size
+
+
+@pytest.mark.parametrize(
+    ("before", "world_size", "after"),
+    [(fsdp, 2, fsdp_of_tensor_parallel), (fsdp_of_tensor_parallel, 4, hsdp)],
+)
+def test_it_is_resumed_on_another_sharding_of_the_model(before, world_size, after, tmp_path):
+    _, _, first, n = on_ranks(world_size, on_model, before, tmp_path / "run", max_iter=19)[0]
+    expected = run(MatrixOperator(matrix(n)))
+    assert first == 19 < expected.matvecs
+    for values, vectors, products, _ in on_ranks(4, on_model, after, tmp_path / "run"):
+        torch.testing.assert_close(values, expected.eigenvalues, rtol=1e-12, atol=0)
+        overlaps = (vectors.T @ expected.eigenvectors).diagonal().abs()
+        torch.testing.assert_close(overlaps, torch.ones_like(overlaps), rtol=1e-12, atol=0)
+        assert products == expected.matvecs - first + 1
 
 
 def coarse(path, **options):

@@ -9,7 +9,7 @@ import problems
 import torch
 import torch.distributed as dist
 from processes import on_ranks
-from test_fully_sharded import MATRICES, relative, same, sharded, states
+from test_fully_sharded import MATRICES, pytestmark, relative, same, sharded, states  # noqa: F401
 from test_tensor_parallel import errors as tensor_parallel_errors
 from torch import Tensor, nn
 

@@ -59,8 +59,8 @@ def parallel(name: str, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     parallelize_module(model, mesh, plan)
-    for name in frozen:  # which torch 2.6 has forgotten
-        model.get_parameter(name).requires_grad_(False)
+    for bias in frozen:  # which torch 2.6 has forgotten
+        model.get_parameter(bias).requires_grad_(False)
     return model
 
 
@@ -110,7 +110,9 @@ def refusals() -> list[tuple[str, tuple[str, str]]]:
 
 
 def on_four() -> tuple[dict, list]:
-    return errors(["even", "llama"], ["hessian", "ggn"], replicas=2), refusals()
+    found = errors(["even", "llama"], ["hessian", "ggn"], replicas=2)
+    alone = errors(["even"], ["hessian", "ggn"])
+    return found | {f"{name}, alone": result for name, result in alone.items()}, refusals()
 
 
 def test_with_data_parallelism_around_and_what_cannot_be_had():

@@ -102,6 +102,8 @@ def lanczos(
             bit as without a stop. That takes one product more, not counted, to see that the matrix
             is the same; v0 is ignored. ``max_iter``, of all calls together, and ``max_seconds``,
             of each, may be others than before. A file of a run that is over gives its result.
+            Where vectors are on several ranks, it is a folder, for any number of ranks to go on
+            from.
         progress: show a bar that counts products, on a terminal.
         callback: told ``(matvecs, eigenvalues, residual_norms)`` whenever they are known.
         strict: raise NotConvergedError, which carries the result, in place of a warning.

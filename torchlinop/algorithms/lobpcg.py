@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from torchlinop.algorithms.basis import Basis
+from torchlinop.algorithms.conjugate_blocks import Blocks
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
-from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target, Which
-from torchlinop.algorithms.orthogonal import IN_SPAN, orthonormalize, real_dtype
+from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target
 from torchlinop.algorithms.probes import checked_seed
-from torchlinop.algorithms.products import Products, run_of_products
-from torchlinop.algorithms.rayleigh_ritz import Projector, RayleighRitz, residual_block
+from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
 from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import NonFiniteError, OptionError, VectorError
+from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
 End = Literal["LA", "SA"]
 
 _PATIENCE = 10  # iterations that do not halve residuals which are next to rounding error
-_PARALLEL = 1e-8  # directions in coefficients that differ by less are one
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -56,11 +51,13 @@ def lobpcg(
     K-FAC for the smallest eigenvalues, and for starts that are close, as along training; without
     either, ``lanczos`` takes fewer products.
 
-    The block has k + guard columns. Guard vectors are iterated on but not waited for: the pace is
-    set by the gap behind them. A pair has converged when ‖A x − λ x‖ ≤ tol |λ| (or
-    tol ε^(2/3) ‖A‖, for smaller |λ|), and takes no further products unless that changes.
+    X has k + guard columns. Guard vectors are the next best seen from the same span. They take no
+    products, and keep what would be forgotten: without them, up to a third more products, and more
+    where others follow closely on those wanted. A pair has converged when
+    ‖A x − λ x‖ ≤ tol |λ| (or tol ε^(2/3) ‖A‖, for smaller |λ|), and takes no further products
+    unless that changes.
 
-    Costs at most ``max_iter`` products, at most k + guard in a call, and 10 (k + guard) vectors.
+    Costs at most ``max_iter`` products, k in a call, and 10 (k + guard) vectors.
     The host waits for the device twice an iteration. Ctrl-C returns what there is.
 
     Args:
@@ -71,10 +68,12 @@ def lobpcg(
         preconditioner: M, about (A − σ I)⁻¹ for a σ beyond the end wanted. An operator on the
             same space, ``KFACOperator(...).inverse(damping)`` say.
         guard: columns beside those wanted, max(2, k // 2) unless given.
-        v0: a start (n,), a block (n, b) with b up to k + guard, or an earlier result.
+        v0: a start (n,), a block (n, b) with b up to k + guard, or an earlier result. Up to k
+            columns are made k, by random ones.
         tol: relative; 1e-6 in float64, 1e-4 in float32, two roundoffs of what is coarser.
         seed: of the random part of the start.
-        verify: judge convergence by k further products, not by the recurrence of A X.
+        verify: judge convergence by k further products, if the budget leaves as many, and not by
+            the recurrence of A X; ``residual_kind`` says which.
         max_seconds: return what there is after this time.
         progress: show a bar that counts products, on a terminal.
         strict: raise NotConvergedError, which carries the result, in place of a warning.
@@ -94,85 +93,15 @@ def lobpcg(
     target = target_of(op, k, _checked(which), tol)
     seed = checked_seed(seed)
     guard = max(2, k // 2) if guard is None else guard
-    b = min(op.size, k + guard)
-    budget = 200 * b if max_iter is None else max_iter
-    _refuse(op, preconditioner, guard, budget, b + k * verify)
+    most = min(op.size, k + guard)
+    columns = min(most, max(k, _columns(v0)))
+    budget = 200 * most if max_iter is None else max_iter
+    _refuse(op, preconditioner, guard, budget, columns)
     with run_of_products(op, total=budget, max_seconds=max_seconds, progress=progress) as products:
-        blocks = Blocks(products, preconditioner, starting_block(op, v0, b, seed), seed)
-        limits = Limits(budget - k * verify)
-        found = Iteration(blocks, target, limits, verify).run()
+        X = starting_block(op, v0, columns, seed)
+        blocks = Blocks(products, preconditioner, X, most, seed)
+        found = Iteration(blocks, target, Limits(budget), verify).run()
     return finished(products, found, target, seed=seed, strict=strict)
-
-
-class Blocks:
-    """Orthonormal columns [X, P, W] (or zero), and their products with A."""
-
-    def __init__(
-        self, products: Products, M: CurvatureOperator | None, X: Tensor, seed: int
-    ) -> None:
-        self.products, self.M = products, M
-        self.space = products.operator.space
-        self.b = self.size = X.shape[1]
-        self.S, self.AS = (
-            Basis(self.space, X, 3 * self.b, dtype=None, device=None) for _ in range(2)
-        )
-        self.S.put(0, X)
-        self.AS.put(0, products.columns(X))
-        self.projector = Projector(products, seed)
-        self.threshold = 50 * torch.finfo(X.dtype).eps  # of a unit vector: rounding error
-        self.R = X[:, :0]  # (A X − X Θ) but for a factor
-
-    def _leading(self, columns: int) -> tuple[Tensor, Tensor]:
-        return self.S.columns(0, columns), self.AS.columns(0, columns)
-
-    def rayleigh_ritz(self, which: Which) -> Ritz:
-        """X ← the best b Ritz vectors; P ← the part of them that is not in the X before."""
-        small = self._projected(which)
-        Z = torch.cat([small.Y[:, : self.b], _conjugate(small, self.b)], 1)
-        self.S.rotate(Z)
-        self.AS.rotate(Z)
-        self.size = Z.shape[1]
-        return self.projector.ritz(small, self._residuals(small.values[: self.b]))
-
-    def _projected(self, which: Which) -> RayleighRitz:
-        try:
-            return self.projector(*self._leading(self.size), which)
-        except NonFiniteError as error:
-            if self.M is None:
-                raise
-            raise NonFiniteError(f"{error}; or those of the preconditioner, {self.M!r}") from None
-
-    def refresh(self, ritz: Ritz, k: int) -> Ritz:
-        """Take the products of the first k Ritz vectors instead of combining those of S."""
-        self.AS.put(0, self.products.columns(self.S.columns(0, k)))
-        return dataclasses.replace(
-            ritz, residuals=self.projector.claimed(self._residuals(ritz.values))
-        )
-
-    def _residuals(self, values: Tensor) -> Tensor:
-        """The norms (b,) of R, which is made anew."""
-        X, AX = self._leading(self.b)
-        self.R = X[:, :0]  # the memory is for the new one
-        self.R, norms = residual_block(self.space, X, AX, values, self.projector.norm)
-        return norms
-
-    def expand(self, active: Tensor) -> None:
-        """W ← M R for these columns of R, made orthonormal to [X, P] and in itself, and A W.
-
-        Nothing is read back from the device: columns with no direction of their own become zero.
-        """
-        W = self.R[:, active.nonzero()[:, 0].to(self.R.device)]
-        if self.M is not None:
-            W = self.M.matmat(W.to(self.M.dtype)).to(W.dtype)
-        lengths = self.space.norm(W)
-        W = (W * torch.where(lengths > 0, 1 / lengths, 0.0).to(real_dtype(W))).mT.contiguous().mT
-        for threshold in (self.threshold, IN_SPAN):  # "Twice is enough" (Parlett 1980, §6.9)
-            self.S.project(W, self.size)
-            orthonormalize(self.space, W, threshold)
-        AW = self.products.columns(W)
-        self.S.put(self.size, W)
-        self.AS.put(self.size, AW)
-        self.size += W.shape[1]
 
 
 @dataclass
@@ -188,6 +117,7 @@ class Iteration:
     waited: int = 0  # iterations since it was halved
     claimed: float = math.inf  # the same by true residuals, when convergence was last claimed
     refreshed: int = 0
+    verified: bool = False
 
     def run(self) -> Found:
         """Iterate until the pairs are accurate, rounding has the last word, or a limit is met."""
@@ -205,7 +135,7 @@ class Iteration:
 
     def _judged(self, ritz: Ritz) -> tuple[Ritz, Status | None]:
         """Whether true residuals are as small as the recurrence has it."""
-        if not self.verify:
+        if not self.verify or self.limits.exceeded(self.blocks.products, self.target.k):
             return ritz, "converged"
         self.refreshed += 1
         try:
@@ -213,7 +143,8 @@ class Iteration:
         except KeyboardInterrupt:
             return ritz, "interrupted"
         before, self.claimed = self.claimed, self._worst(ritz)
-        if self.target.exhausted(ritz):
+        self.verified = self.target.exhausted(ritz)
+        if self.verified:
             return ritz, "converged"
         return ritz, "stagnated" if self.claimed > before / 2 else None
 
@@ -229,13 +160,13 @@ class Iteration:
 
     def _expanded(self, ritz: Ritz) -> Status | None:
         """Go on with the columns that are not accurate yet, unless a limit is in the way."""
-        everyone = dataclasses.replace(self.target, k=self.blocks.b)
-        active = ~everyone.reached(ritz)
-        exceeded = self.limits.exceeded(self.blocks.products, int(active.sum()))
+        products = self.blocks.products
+        exceeded = self.limits.exceeded(products, 1)
         if exceeded:
             return exceeded
+        active = (~self.target.reached(ritz)).nonzero()[:, 0]
         try:
-            self.blocks.expand(active)
+            self.blocks.expand(active[: self.limits.max_matvecs - products.matvecs])
         except KeyboardInterrupt:
             return "interrupted"
         return None
@@ -246,35 +177,26 @@ class Iteration:
         return float((ritz.residuals[: self.target.k] / bounds).max())
 
     def _found(self, ritz: Ritz, status: Status) -> Found:
-        b = self.blocks.b
+        most = self.blocks.most
         X = self.blocks.S.columns(0, self.target.k).mT.clone().mT
         return Found(
             ritz,
             X,
             named(status, self.target, ritz),
-            "true" if status == "converged" and self.verify else "recurrence",
+            "true" if self.verified else "recurrence",
             self.history,
-            f"LOBPCG, blocks of {b}",
-            basis_size=3 * b,
-            peak_bytes=bytes_of(X, 10 * b),
+            f"LOBPCG, blocks of {most}",
+            basis_size=3 * most,
+            peak_bytes=bytes_of(X, 10 * most),
             restarts=max(0, self.refreshed - 1),
         )
 
 
-def _conjugate(small: RayleighRitz, b: int) -> Tensor:
-    """Coefficients of P: Ritz vectors without their part in X, made orthogonal to Ritz vectors.
-
-    In coordinates of the orthonormal basis S F, X has the first b.
-    """
-    Y = small.vectors[:, :b]
-    C = Y.clone()
-    C[:b] = 0
-    C = normalize(C, dim=0, eps=_TINY)
-    for _ in range(2):
-        C = C - Y @ (Y.mH @ C)
-    U, sigma, _ = torch.linalg.svd(C, full_matrices=False)
-    P: Tensor = small.F @ U[:, sigma > _PARALLEL]
-    return P
+def _columns(v0: Tensor | EigenResult | None) -> int:
+    """How many columns a start has, if it has columns."""
+    if isinstance(v0, Tensor):
+        return v0.shape[1] if v0.ndim == 2 else 1
+    return 0 if v0 is None else len(v0)
 
 
 def _checked(which: End) -> End:

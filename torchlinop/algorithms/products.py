@@ -143,7 +143,11 @@ def run_of_products(
     Raises:
         MemoryEstimateError: memory ran out; which says after how many products.
     """
-    with full_precision(operator.device), products_shown(progress, total) as notify:
+    with (
+        operator.space.interruptible(),
+        full_precision(operator.device),
+        products_shown(progress, total) as notify,
+    ):
         products = Products(operator, damping=damping, max_seconds=max_seconds, notify=notify)
         try:
             yield products

@@ -19,6 +19,7 @@ from torchlinop.errors import (
     TorchlinopWarning,
     warn_caller,
 )
+from torchlinop.model_state import full_precision
 
 History = list[tuple[int, Tensor, Tensor]]  # matvecs, values, residuals
 
@@ -59,7 +60,8 @@ def finished(
     Raises:
         NotConvergedError: ``strict``, and some pairs are not as accurate as wanted.
     """
-    result = eigen_result(products, found, target, seed=seed)
+    with full_precision(products.operator.device):
+        result = eigen_result(products, found, target, seed=seed)
     unconverged = result.warnings[len(found.notes) :]
     if strict and unconverged:
         raise NotConvergedError(unconverged[0], result)

@@ -37,7 +37,7 @@ UNITS = {
 }
 WIDTH, DEPTH, CLASSES, BATCHES, SAMPLES = 128, 4, 10, 3, 32
 COLUMNS = 4
-_STEPS = (6, 16)
+_STEPS = (4, 8)
 
 Build = Callable[[nn.Module, list[Any]], CurvatureOperator]
 

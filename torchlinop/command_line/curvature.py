@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchlinop.adapters.scipy import from_linear_operator
 from torchlinop.batches import Batch, is_one_batch, read, refuse_one_shot, tree_map
+from torchlinop.command_line.report import place_of
 from torchlinop.errors import OptionError
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
@@ -137,13 +138,24 @@ def assembled(parts: Parts, kind: str) -> CurvatureOperator:
                 "(model, batch); return a loss of torch, as nn.CrossEntropyLoss(), or a dict with "
                 '"forward" and a "loss" of (outputs, batch)'
             )
-        return _OF_LOSS[kind](parts.model, parts.data, parts.loss, **parts.options)
+        return _of_function(parts, kind)
     data, first = _first_of(parts)
     given = parts.loss
     if isinstance(given, nn.Module) and not isinstance(given, LossOfOutput) and not parts.forward:
         given = criterion(given)
     forward, loss = pieces_for(parts.model, first, parts.forward, given)
     return _OF_OUTPUTS[kind](parts.model, data, forward, loss, **parts.options)
+
+
+def _of_function(parts: Parts, kind: str) -> CurvatureOperator:
+    try:
+        return _OF_LOSS[kind](parts.model, parts.data, parts.loss, **parts.options)
+    except (TypeError, AttributeError) as error:
+        raise OptionError(
+            f"loss(model, batch) raised {type(error).__name__}: {error} ({place_of(error)}); for a "
+            'function of (outputs, batch) return a dict with "forward", for one of (outputs, '
+            "targets) a module, as nn.CrossEntropyLoss()"
+        ) from error
 
 
 def _is_whole(parts: Parts) -> bool:

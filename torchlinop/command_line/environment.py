@@ -19,7 +19,7 @@ _OPTIONAL = {
     "pandas": "pandas",
     "sklearn": "scikit-learn",
     "transformers": "transformers",
-    "cupy": "torchlinop[cuda13]",
+    "cupy": '"torchlinop[cuda13]"',
 }
 
 

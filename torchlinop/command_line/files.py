@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchlinop.algorithms.result import Result, optional
-from torchlinop.errors import OptionError
+from torchlinop.errors import OptionError, TorchlinopError
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,20 @@ class Files:
         for path in (self.out, self.plot):
             refuse_existing(path, self.overwrite or (self.resume and state))
 
-    def begin(self) -> Path | None:
-        """Where to save the state of the run; what is there of another one is removed."""
-        if self.checkpoint is not None and not self.resume:
-            self.checkpoint.unlink(missing_ok=True)
-        return self.checkpoint
+    @contextmanager
+    def begun(self) -> Iterator[Path | None]:
+        """Where to save the state of the run. That of another one comes back if this is refused."""
+        old = None
+        if self.checkpoint is not None and self.checkpoint.exists() and not self.resume:
+            old = self.checkpoint.rename(f"{self.checkpoint}.old")
+        try:
+            yield self.checkpoint
+        except TorchlinopError:
+            if old is not None and self.checkpoint is not None:
+                os.replace(old, self.checkpoint)
+            raise
+        if old is not None:
+            old.unlink()
 
     def write(self, result: Result, *, finished: bool) -> None:
         """Save and draw the result; of one that is finished, forget the state of the run."""

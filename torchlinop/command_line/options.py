@@ -65,22 +65,19 @@ def add_spec(parser: argparse.ArgumentParser, *, optional: bool = False) -> None
     )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse._ActionsContainer) -> None:
     """How to print."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def add_outputs(
-    parser: argparse.ArgumentParser, *, plot: bool = True, checkpoint: bool = False
-) -> None:
+def add_outputs(parser: argparse.ArgumentParser, *, checkpoint: bool = False) -> None:
     """Where the answer goes."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", metavar="FILE.safetensors", type=Path, help="save the result, see show"
     )
-    if plot:
-        group.add_argument("--plot", metavar="FILE.png", type=Path, help="draw it (matplotlib)")
-    add_json(group)  # type: ignore[arg-type]  # a group has the same method
+    group.add_argument("--plot", metavar="FILE.png", type=Path, help="draw it (matplotlib)")
+    add_json(group)
     either = group.add_mutually_exclusive_group()
     either.add_argument("--overwrite", action="store_true", help="files that exist")
     if checkpoint:
@@ -94,4 +91,3 @@ def add_outputs(
             action="store_true",
             help="do not save the state of the run beside --out",
         )
-    parser.set_defaults(plot=None) if not plot else None

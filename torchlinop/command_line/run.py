@@ -42,8 +42,7 @@ def run(options: argparse.Namespace, algorithm: Algorithm) -> int:
     operator = operator_for(built(options.spec, options.seed), options)
     if sys.stderr.isatty():
         note(repr(operator))
-    state = files.begin()
-    with interruptible(operator) as heard:
+    with files.begun() as state, interruptible(operator) as heard:
         try:
             outcome = algorithm(heard, state)
         except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from torchlinop.distributed.fully_sharded import (
 )
 from torchlinop.distributed.sharded_layout import ShardedLayout
 from torchlinop.distributed.sharded_space import ShardedSpace
+from torchlinop.distributed.split_vectors import over_replicas, split_over
 
 __all__ = [
     "DDPEmpiricalFisherOperator",
@@ -28,4 +29,6 @@ __all__ = [
     "agreed",
     "data_parallel",
     "drive",
+    "over_replicas",
+    "split_over",
 ]

@@ -6,10 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from torchlinop.errors import ProcessGroupError, RankError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -47,9 +50,9 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
     raise report.again(f"on rank {rank} of {len(reports)}: {report.sentence}{more}") from error
 
 
-def gathered(mine: object, group: dist.ProcessGroup | None = None) -> list:  # type: ignore[type-arg]
+def gathered(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """What every rank has, in the order of ranks: small things that can be pickled."""
-    of_ranks = [None] * dist.get_world_size(group)
+    of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, mine, group)
     return of_ranks
 

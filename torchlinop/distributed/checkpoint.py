@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from torchlinop.distributed.piece import Piece
+from torchlinop.distributed.piece import Piece, in_common, placed
 from torchlinop.errors import OptionError
 from torchlinop.space import VectorSpace
 from torchlinop.tensor_file import dtype_named, intact, name_of
@@ -51,7 +51,7 @@ class CheckpointFolder:
     ) -> None:
         self.path, self.space, self.pieces, self.group = path, space, pieces, group
         self.alone = alone  # whether vectors are whole: no other rank is asked
-        self._owned = [own for own in _placed(pieces) if own[1] < owned]
+        self._owned = [own for own in placed(pieces) if own[1] < owned]
         self._latest: dict[str, Any] = {}
         self._everywhere: list[Piece] = []  # that are saved, of all ranks
         self._took, self._ended = 0.0, time.perf_counter()
@@ -114,7 +114,7 @@ class CheckpointFolder:
             OptionError: the folder is damaged.
         """
         with intact(self.path):
-            saved = [_piece(written) for written in self._latest["pieces"]]
+            saved = [Piece.of_json(written) for written in self._latest["pieces"]]
             if sum(piece.numel for piece in saved) != self.space.size:
                 raise ValueError(f"its pieces are not those of {self.space.size:,} entries")
             small = {
@@ -140,7 +140,7 @@ class CheckpointFolder:
         overlaps = {
             i: there
             for i, piece in enumerate(saved)
-            for there in [list(_common(piece, self.pieces))]
+            for there in [list(in_common(piece, self.pieces))]
             if there
         }
         for folder, start, stop in written["parts"]:
@@ -273,33 +273,12 @@ class CheckpointFolder:
 
 
 def whole_folder(path: Path, space: VectorSpace) -> CheckpointFolder:
-    """The folder, for one process that holds whole vectors."""
+    """The folder, for a process with whole vectors: alone, or as one of a group's replicas."""
+    group: dist.ProcessGroup | None = getattr(space, "group", None)
+    alone = group is None
+    owned = space.size if alone or dist.get_rank(group) == 0 else 0
     everything = (Piece.whole(0, (space.size,)),)
-    return CheckpointFolder(path, space, everything, space.size, None, alone=True)
-
-
-def _placed(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, int]]:
-    """Pieces, and where they begin in a local vector."""
-    place = 0
-    for piece in pieces:
-        yield piece, place
-        place += piece.numel
-
-
-def _common(saved: Piece, mine: tuple[Piece, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Where entries of a saved piece are in it, and where in a local vector."""
-    first, last = saved.span
-    theirs: Tensor | None = None
-    for piece, place in _placed(mine):
-        start, stop = piece.span
-        if start > last or stop < first or not piece.numel or not saved.numel:
-            continue
-        theirs = saved.indices(0, saved.numel) if theirs is None else theirs
-        ours = piece.indices(0, piece.numel)
-        source = torch.searchsorted(theirs, ours).clamp_(max=len(theirs) - 1)
-        hits = (theirs[source] == ours).nonzero()[:, 0]
-        if len(hits):
-            yield source[hits], place + hits
+    return CheckpointFolder(path, space, everything, owned, group, alone=alone)
 
 
 def _cause(error: BaseException | None) -> str:
@@ -307,9 +286,3 @@ def _cause(error: BaseException | None) -> str:
     failures = getattr(error, "failures", None)
     first = next(iter(failures.values()))[0] if failures else error
     return "another rank failed" if first is None else f"{type(first).__name__}: {first}"
-
-
-def _piece(written: list[Any]) -> Piece:
-    offset, shape, held = written
-    ranges = tuple(tuple((start, stop) for start, stop in of_dim) for of_dim in held)
-    return Piece(offset, tuple(shape), ranges)

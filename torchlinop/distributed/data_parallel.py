@@ -38,7 +38,8 @@ class GroupRanks:
 
     @property
     def name(self) -> str:
-        return f"on {dist.get_world_size(self.group)} ranks"
+        number = dist.get_world_size(self.group)
+        return f"on {number} rank{'' if number == 1 else 's'}"
 
     @property
     def number(self) -> int:
@@ -78,7 +79,8 @@ class GroupRanks:
             error = _divergence()
         if error is not None or failures:
             raise_together(error, self.group)
-        return total.view(given.shape)
+        summed: Tensor = total.view(given.shape)
+        return summed
 
 
 def ranks_of(process_group: dist.ProcessGroup | None = None) -> GroupRanks:
@@ -119,7 +121,7 @@ class ReplicatedSpace(VectorSpace):
         return float(said)
 
     def __eq__(self, other: object) -> bool:
-        if type(other) not in (VectorSpace, ReplicatedSpace):
+        if not isinstance(other, VectorSpace) or type(other) not in (VectorSpace, ReplicatedSpace):
             return NotImplemented
         return (self.size, self.dtype, self.device) == (other.size, other.dtype, other.device)
 

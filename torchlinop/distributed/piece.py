@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,13 @@ class Piece:
     def whole(cls, offset: int, shape: tuple[int, ...]) -> Piece:
         """All entries."""
         return cls(offset, tuple(shape), tuple(((0, m),) for m in shape))
+
+    @classmethod
+    def of_json(cls, written: Sequence[Any]) -> Piece:
+        """Of its three fields, as lists."""
+        offset, shape, held = written
+        ranges = tuple(tuple((start, stop) for start, stop in of_dim) for of_dim in held)
+        return cls(offset, tuple(shape), ranges)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -52,3 +61,25 @@ class Piece:
             position //= len(index)
             stride *= m
         return total
+
+
+def placed(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, int]]:
+    """Pieces, and where they begin in a local vector."""
+    place = 0
+    for piece in pieces:
+        yield piece, place
+        place += piece.numel
+
+
+def in_common(theirs: Piece, ours: Sequence[Piece]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where entries of a piece are in it, and where in a local vector of these pieces."""
+    first, last = theirs.span
+    for piece, place in placed(ours):
+        start, stop = piece.span
+        if start > last or stop < first or not piece.numel or not theirs.numel:
+            continue
+        there, here = theirs.indices(0, theirs.numel), piece.indices(0, piece.numel)
+        source = torch.searchsorted(there, here).clamp_(max=len(there) - 1)
+        hits = (there[source] == here).nonzero()[:, 0]
+        if len(hits):
+            yield source[hits], place + hits

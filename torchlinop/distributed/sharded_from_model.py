@@ -124,7 +124,8 @@ def sharded_objective(
         torch_private.reshard(module)
         layout = ShardedLayout.of(module, param_filter, group)
         space = layout.space()
-        borrowed = ShardedModel(module, layout, mode, seed)
+        with agreed(group):
+            borrowed = ShardedModel(module, layout, mode, seed)
 
         def evaluate(batch: Batch) -> Tensor:
             # In eval mode always: dropout would hide how the loss is reduced.

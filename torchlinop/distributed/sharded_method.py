@@ -74,7 +74,7 @@ def prepared(
         ShardingError: a product is not that of finite differences.
     """
     name, sharding = options.method, sharding_of(objective.model.module)
-    refuse_impossible(name, sharding)
+    objective.together(lambda: refuse_impossible(name, sharding))
     exact = _EXACT.get(sharding)
     reason = f"no exact method for {sharding}" if exact is None else ""
     if name != "finite_difference" and exact is not None:

@@ -13,7 +13,16 @@ from torch.distributed.tensor import DTensor
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.forward_formulas import WithForwardFormulas
 from torchlinop.distributed.sharded_layout import ShardedLayout
-from torchlinop.model_state import Mode, borrowing, given_back, twice_differentiable
+from torchlinop.model_state import (
+    Mode,
+    borrowing,
+    embeddings,
+    given_back,
+    refuse_renormalised_embeddings,
+    refuse_unknown_mode,
+    twice_differentiable,
+    warn_if_training,
+)
 from torchlinop.random_state import preserved_random_state, reseed
 
 
@@ -25,6 +34,9 @@ class ShardedModel:
     """
 
     def __init__(self, module: nn.Module, layout: ShardedLayout, mode: Mode, seed: int) -> None:
+        refuse_unknown_mode(mode)
+        refuse_renormalised_embeddings(module)
+        warn_if_training(module, mode)
         self.module = module
         self.layout = layout
         self.mode = mode
@@ -54,6 +66,8 @@ class ShardedModel:
             stack.enter_context(WithForwardFormulas())
             stack.enter_context(self._at_theta())
             self.module.train((mode or self.mode) == "train")
+            for embedding in embeddings(self.module):
+                embedding.sparse = False  # gradients are dense vectors here
             yield
 
     def place(self, stream: int) -> nn.Module:

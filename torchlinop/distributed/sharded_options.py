@@ -13,7 +13,12 @@ from torchlinop.batches import Batch
 from torchlinop.distributed.agreement import agreed, process_group
 from torchlinop.distributed.sharded_from_model import sharded_objective
 from torchlinop.distributed.sharded_objective import ShardedObjective
-from torchlinop.from_model import ObjectiveOptions, refuse_bad_options, refuse_unknown_options
+from torchlinop.from_model import (
+    ObjectiveOptions,
+    refuse_bad_options,
+    refuse_bad_seed,
+    refuse_unknown_options,
+)
 from torchlinop.objective import LossFn
 
 MethodName = Literal["auto", "forward_over_reverse", "finite_difference", "autograd"]
@@ -63,6 +68,7 @@ def objective_of(
         microbatch, weight = given.get("microbatch_size"), given.get("weight")
         weighting = given.get("weighting", "auto")
         refuse_bad_options(number, microbatch, weight, weighting)
+        refuse_bad_seed("seed", given.get("seed", 0))
     full = given.get("full_dataset", True)
     objective = sharded_objective(
         model,

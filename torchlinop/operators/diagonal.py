@@ -93,9 +93,11 @@ def ggn_diagonal(
     activations of one sample, C times its outputs, and 16 vectors.
 
     Raises:
-        as ``GGNOperator``; SampleMixingError, WeightingError: the model, or the loss, lets samples
-        depend on each other; BatchError: a batch cannot be split into samples; OptionError: the
-        loss is not convex in the outputs, or the model draws random numbers.
+        SampleMixingError, WeightingError: the model, or the loss, lets samples depend on
+            each other.
+        BatchError: a batch cannot be split into samples.
+        OptionError: the loss is not convex in the outputs, or the model draws random numbers.
+        TorchlinopError: as ``GGNOperator``.
 
     Source: Dangel, Kunstner and Hennig, BackPACK: packing more into backprop, ICLR 2020.
     """

@@ -59,7 +59,8 @@ class EmpiricalFisherOperator(ObjectiveOperator):
     operation cannot be vectorised.
 
     Raises:
-        SampleMixingError: samples depend on each other; and as ``GGNOperator``.
+        SampleMixingError: samples depend on each other.
+        TorchlinopError: as ``GGNOperator``.
 
     Source: Kunstner, Hennig, Balles, Limitations of the empirical Fisher approximation, NeurIPS
     (2019), equation 3.

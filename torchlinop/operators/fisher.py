@@ -42,8 +42,9 @@ class FisherOperator(ObjectiveOperator):
     the outputs for every draw.
 
     Raises:
-        OptionError: the loss is the negative log-likelihood of no distribution known here;
-        SampleMixingError: samples depend on each other; and as ``GGNOperator``.
+        OptionError: the loss is the negative log-likelihood of no distribution known here.
+        SampleMixingError: samples depend on each other.
+        TorchlinopError: as ``GGNOperator``.
 
     Source: Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020).
     """

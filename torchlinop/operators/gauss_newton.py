@@ -88,8 +88,9 @@ class GGNOperator(ObjectiveOperator):
     graphs and 7/3 with rebuilt ones. Memory: as for a Hessian, and the softmax of the outputs.
 
     Raises:
-        as ``HessianOperator``; LossShapeError: the outputs are no tensor; BatchError: the targets
-        cannot be found in the batch.
+        LossShapeError: the outputs are no tensor.
+        BatchError: the targets cannot be found in the batch.
+        TorchlinopError: as ``HessianOperator``.
 
     Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent,
     Neural Computation 14 (2002).

@@ -38,9 +38,10 @@ class HessianOperator(ObjectiveOperator):
     half of the memory more.
 
     Raises:
-        OptionError, NoParametersError, ParameterError, DataError, LossShapeError,
-        DoubleBackwardError: see there; NonFiniteError at the first product; CaptureError there,
-        if what ``compile`` or ``cuda_graphs`` asks for cannot be had.
+        OptionError, NoParametersError, ParameterError, DataError, LossShapeError: see there.
+        DoubleBackwardError: the model, or the loss, has no second derivative.
+        NonFiniteError: at the first product, if it is not finite.
+        CaptureError: there, if what ``compile`` or ``cuda_graphs`` asks for cannot be had.
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
     """

@@ -136,13 +136,13 @@ def survey(objective: OutputObjective, unused: Sequence[str], gradients: bool) -
         NonFiniteError: inputs of layers, outputs or gradients are NaN or infinite.
     """
     ranks = objective.ranks
-    uses, missing = _candidates(objective.layout, objective.model.module, gradients)
+    candidates, missing = _candidates(objective.layout, objective.model.module, gradients)
     never_used = set.intersection(*map(set, ranks.gathered(unused)))
     for name in never_used:
         missing.pop(name, None)
-        uses.pop(name, None)
+        candidates.pop(name, None)
     with ranks.agreed():
-        uses, seen = _survey_here(objective, uses, missing)
+        uses, seen = _survey_here(objective, candidates, missing)
     of_ranks = ranks.gathered(seen)
     missing = dict(ChainMap(*(dict(theirs.missing) for theirs in of_ranks)))
     unseen = set.intersection(*(set(theirs.unseen) for theirs in of_ranks))

@@ -83,8 +83,11 @@ class KFACOperator(KroneckerOperator):
 
     Raises:
         KFACCoverageError: a parameter has no rule, or a layer's input does not begin with the
-            samples; SampleMixingError: samples depend on each other; NonFiniteError: inputs,
-            outputs or derivatives on a batch are; OptionError; and as ``GGNOperator``.
+            samples.
+        SampleMixingError: samples depend on each other.
+        NonFiniteError: inputs, outputs or derivatives on a batch are not finite.
+        OptionError: an option is none of those above.
+        TorchlinopError: as ``GGNOperator``.
 
     Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
     curvature, ICML 2015; Grosse and Martens, A Kronecker-factored approximate Fisher matrix for

@@ -16,8 +16,8 @@ from torchlinop.operators.kfac.tape import Tape
 
 FisherType = Literal["type-2", "mc", "empirical", "forward-only"]
 
-# (what went through the model, the batch, the number of its first sample) -> vectors (k, *outputs.shape), some at a
-# time, each of which holds one loss term of every sample.
+# (what went through the model, the batch, the number of its first sample among all) -> vectors
+# (k, *outputs.shape), some at a time, each of which holds one loss term of every sample.
 Vectors = Callable[[Tape, Batch, int], Iterator[Tensor]]
 
 # Several terms of a sample in one vector would bring products of different terms into the squares
