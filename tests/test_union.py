@@ -67,10 +67,15 @@ def on_threads(size, work):
 def test_samples_and_batches_are_numbered_from_rank_to_rank():
     whole = in_batches(gallery.mlp().full_batch, 4, 3, 9, 7)
 
+    # Threads share the global generator: models are made before they start.
+    problems = [gallery.mlp(), gallery.mlp()]
+    parts = [
+        HessianOperator(p.model, mine, p.loss_fn).objective
+        for p, mine in zip(problems, [whole[:2], whole[2:]], strict=True)
+    ]
+
     def numbers(ranks):
-        p = gallery.mlp()
-        mine = whole[:2] if ranks.number == 0 else whole[2:]
-        data = united(HessianOperator(p.model, mine, p.loss_fn).objective, ranks).data
+        data = united(parts[ranks.number], ranks).data
         return data.starts, data.before.batches, data.whole, [share for _, share in data]
 
     first, second = on_threads(2, numbers)
@@ -90,8 +95,10 @@ def test_products_of_threads_are_those_of_one_process(kind):
             return kind(p.model, batches, p.loss_fn)
         return kind(p.model, batches, p.forward_fn, p.criterion, mc_samples=2)
 
+    parts = [built([batch]) for batch in whole]
+
     def product(ranks):
-        op = built(whole[ranks.number : ranks.number + 1])
+        op = parts[ranks.number]
         op.unite(ranks)
         return op @ op.space.random(2)
 

@@ -29,7 +29,8 @@ def target_of(
     """The pairs asked for, or what is wrong with asking.
 
     ``tol`` is 1e-6 in float64, 1e-4 in float32, two roundoffs of anything coarser that is
-    involved, such as vectors that are ``stored`` so, unless given: rounding alone leaves one.
+    involved, such as vectors that are ``stored`` so, unless given. Rounding alone leaves up to half
+    of one, relative to ‖A‖, of which pairs with |λ| < ‖A‖ have to be a share.
 
     Raises:
         OptionError: no such k, which or tol.

@@ -26,7 +26,7 @@ class EigenResult(Result):
     eigenvectors: Tensor  # (n, k), unit columns
     residual_norms: Tensor  # (k,) float64 ‖A x − λ x‖, as residual_kind says
     error_bounds: Tensor  # (k,) float64: an eigenvalue of A is this near, by residual and gap
-    converged: Tensor  # (k,) bool: the residual is below tol |λ|
+    converged: Tensor  # (k,) bool: below tol |λ|, and not stopped where others may be beyond
     residual_kind: str  # "true", of a product with x, or "recurrence", exact up to rounding
     status: str  # converged, exact, stagnated, maxmatvecs, maxseconds, interrupted
     method: str

@@ -12,14 +12,8 @@ from torchlinop.algorithms.basis import Basis
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.krylov_schur import Status, Target
-from torchlinop.algorithms.late_look import LateLook
-from torchlinop.algorithms.orthogonal import (
-    IN_SPAN,
-    complete,
-    orthonormalize,
-    real_dtype,
-    removed,
-)
+from torchlinop.algorithms.orthogonal import complete, orthonormalize
+from torchlinop.algorithms.power_column import Column
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
@@ -30,7 +24,6 @@ from torchlinop.errors import OptionError, TorchlinopWarning
 from torchlinop.operators.base import CurvatureOperator
 
 _INSIDE = 1e-3  # a start with no more outside of the pairs found gives way to a random one
-_PLANE = 32  # products, after which the plane of v and its residual is looked at
 
 
 def power_iteration_one(
@@ -220,100 +213,3 @@ class _Deflation:
             peak_bytes=bytes_of(X, 7 * self.target.k + 4),
             notes=tuple(self.notes),
         )
-
-
-class Column:
-    """Power iteration in the complement of the first i columns of X.
-
-    ``v₊`` and ``v`` are scaled by the same factor, and θ = vᵀ A v is of A without momentum: with
-    it, θ would be λ − β.
-    """
-
-    def __init__(  # noqa: PLR0917  # internal: all that a column shares with the others
-        self, products: Products, X: Basis, i: int, target: Target, beta: float, norm: Tensor
-    ) -> None:
-        self.products, self.X, self.i, self.target, self.beta = products, X, i, target, beta
-        self.space = products.operator.space
-        self.norm = norm  # the largest ‖A v‖ so far, below ‖A‖
-        self.mirrored: tuple[float, float] | None = None
-
-    def iterate(self, v: Tensor, max_iter: int, projector: Projector) -> None:
-        """Until v is as accurate as asked, or as rounding permits."""
-        self.v, self.before = v, torch.zeros_like(v)
-        look = LateLook()
-        allowed = self.products.matvecs + max_iter
-        while True:
-            done = bool(look(self.multiply()[None])[0])
-            left = allowed - self.products.matvecs
-            if done or not left or self.products.late:
-                return
-            if left > 1 and (max_iter - left) % _PLANE == 0 and self._settled(projector):
-                return
-            self._advance()
-
-    def full_product(self) -> Tensor:
-        """A v, with what of it lies in X."""
-        return self.w + self.X.combine(self.h)
-
-    def multiply(self) -> Tensor:
-        """Take w = A v in the complement of X; say whether v is accurate, on the device."""
-        self.w = self.products.columns(self.v)
-        self.h = self.X.project(self.w, self.i)
-        length = self.space.norm(self.w)
-        self.norm = torch.maximum(self.norm, length[0])
-        # Relative to ‖A v‖, as the squares of small entries are no normal numbers in float32.
-        self.r = self.w * torch.where(length > 0, 1 / length, 0.0).to(real_dtype(self.w))
-        cosine = removed(self.space, self.v, self.r)[0, 0].real
-        self.residual = self.space.norm(self.r)[0] * length[0]
-        return self._accurate(cosine * length[0])
-
-    def _accurate(self, theta: Tensor) -> Tensor:
-        eps, tol = self.target.eps, self.target.tol
-        bound = tol * torch.maximum(theta.abs(), eps ** (2 / 3) * self.norm)
-        # ``~(>)`` so that NaN comes to light.
-        return ~(self.residual > torch.maximum(bound, 2 * eps * self.norm))
-
-    def _advance(self) -> None:
-        after = self.w
-        if self.beta:
-            after = after.sub_(self.before, alpha=self.beta)
-        length = self.space.norm(after)
-        scale = torch.where(length > 0, 1 / length, 0.0).to(real_dtype(after))
-        self.before = self.v * scale if self.beta else self.before
-        self.v = torch.where(length > 0, after.mul_(scale), self.v)
-
-    def _settled(self, projector: Projector) -> bool:
-        """Whether the plane of v and r holds an eigenvector, which v then becomes.
-
-        Costs one product and a transfer.
-        """
-        u = self.r
-        for threshold in (0.0, IN_SPAN):
-            self.X.project(u, self.i)
-            removed(self.space, self.v, u)
-            orthonormalize(self.space, u, threshold)
-        Au = self.products.columns(u)
-        h = self.X.project(Au, self.i)
-        S, AS = torch.cat([self.v, u], 1), torch.cat([self.w, Au], 1)
-        small = projector(S, AS, "LM")
-        Y = small.Y.to(device=S.device, dtype=S.dtype)
-        V, W = S @ Y, AS @ Y
-        _, residuals = residual_block(self.space, V, W, small.values, projector.norm)
-        rounding = 2 * projector.floor
-        chosen = self._leading(small.values, float(residuals.sum()) + rounding)
-        self.residual = residuals[chosen].to(S.device)
-        settled = bool(self._accurate(small.values[chosen].to(S.device)))
-        if settled:
-            y = Y[:, chosen : chosen + 1]
-            self.v, self.w = V[:, chosen : chosen + 1], W[:, chosen : chosen + 1]
-            self.h = torch.cat([self.h, h], 1) @ y.to(h.dtype)
-        else:
-            self.mirrored = None
-        return settled
-
-    def _leading(self, values: Tensor, uncertainty: float) -> int:
-        """The pair of the plane with the larger |θ|; the positive one of two mirrored."""
-        if len(values) < 2 or float((values[0] + values[1]).abs()) > uncertainty:
-            return 0
-        self.mirrored = (float(values.max()), float(values.min()))
-        return int(values.argmax())

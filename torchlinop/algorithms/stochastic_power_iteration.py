@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.fresh_products import Draws, FreshProducts, Operators
 from torchlinop.algorithms.orthogonal import real_dtype
 from torchlinop.algorithms.probes import checked_seed
-from torchlinop.algorithms.products import Products, run_of_products
+from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.starting_block import starting_block
-from torchlinop.errors import OptionError, VectorError
-from torchlinop.operators.base import CurvatureOperator
+from torchlinop.errors import OptionError
 from torchlinop.parameters import ParameterLayout
-
-Operators = Callable[[int], CurvatureOperator] | Sequence[CurvatureOperator]
 
 _FEWEST = 8  # steps, so that there are two to judge by
 _JUDGES = 2  # products at least, for a standard error
@@ -120,13 +117,13 @@ def stochastic_power_iteration(
     """
     _refuse(steps, momentum, tail)
     seed = checked_seed(seed)
-    draws = _Draws(operators, seed)
+    draws = Draws(operators, seed)
     share = max(_JUDGES, round(tail * steps))
     v = starting_block(draws.first, v0, 1, seed)
     with run_of_products(
         draws.first, total=steps, max_seconds=max_seconds, progress=progress
     ) as products:
-        run = _Run(draws, products)
+        run = FreshProducts(draws, products)
         iteration = _Iteration(run, v, momentum)
         iteration.advance(steps - 2 * share)
         v, averaged = iteration.average(share)
@@ -151,66 +148,10 @@ def stochastic_power_iteration(
     )
 
 
-class _Draws:
-    """The operator of every step, all of one space."""
-
-    def __init__(self, operators: Operators, seed: int) -> None:
-        self._operators = operators
-        self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
-        if not callable(operators) and not len(operators):
-            raise OptionError("expected at least one operator, got none; pass one a minibatch")
-        self.first = self._drawn(0)
-
-    def operator(self, t: int) -> CurvatureOperator:
-        """The operator of step t, asked for in order."""
-        op = self._drawn(t) if t else self.first
-        if op.space != self.first.space:
-            raise VectorError(
-                f"expected operators on one space, got {self.first!r} and {op!r}; "
-                "build all from the same parameters, dtype and device"
-            )
-        return op
-
-    def _drawn(self, t: int) -> CurvatureOperator:
-        if callable(self._operators):
-            return self._operators(t)
-        return self._operators[int(self._random.integers(len(self._operators)))]
-
-
-@dataclass
-class _Run:
-    """Steps with an operator each, until there is no more time."""
-
-    draws: _Draws
-    products: Products
-    status: str = "complete"
-
-    def product(self, v: Tensor) -> Tensor:
-        """``A_t v`` (n, 1) with the operator of this step."""
-        self.products.operator = self.draws.operator(self.products.matvecs)
-        return self.products.columns(v)
-
-    def steps(self, count: int, step: Callable[[], object]) -> int:
-        """Take so many steps, fewer after max_seconds or Ctrl-C; how many were taken."""
-        for i in range(count):
-            if self.products.late:
-                self.status = "maxseconds"
-            if self.status != "complete":
-                return i
-            try:
-                step()
-            except KeyboardInterrupt:
-                if not self.products.matvecs:
-                    raise
-                self.status = "interrupted"
-                return i
-        return count
-
-
 class _Iteration:
     """``v₊ ∝ A_t v − β v₋``; the sign of v follows that of its quotient, so that it can settle."""
 
-    def __init__(self, run: _Run, v: Tensor, beta: float) -> None:
+    def __init__(self, run: FreshProducts, v: Tensor, beta: float) -> None:
         self.run, self.v, self.beta = run, v, beta
         self.space = run.draws.first.space
         self.before = torch.zeros_like(v)
@@ -256,7 +197,7 @@ class _Judge:
     Of the products themselves, the noise would be a small difference of large numbers.
     """
 
-    def __init__(self, run: _Run, v: Tensor, quotient: Tensor) -> None:
+    def __init__(self, run: FreshProducts, v: Tensor, quotient: Tensor) -> None:
         self.run, self.v, self.quotient = run, v, quotient.to(real_dtype(v))
         self.space = run.draws.first.space
         self.total = torch.zeros_like(v)
@@ -271,7 +212,7 @@ class _Judge:
         self.total += r
 
 
-def _judged(run: _Run, v: Tensor, quotient: Tensor, count: int) -> _Judgement:
+def _judged(run: FreshProducts, v: Tensor, quotient: Tensor, count: int) -> _Judgement:
     """Means over ``count`` further products, over two if there is no more time."""
     judge = _Judge(run, v, quotient)
     for _ in range(_JUDGES):

@@ -106,8 +106,8 @@ class FSDPHessianOperator(ShardedOperator):
         loss_fn: ``(model, batch) -> scalar``.
         **options: see ``ShardedOptions``.
 
-    Costs one product and some 40 gradients of one batch to build (the self-test; 4 gradients with
-    ``self_test=False``). A product costs four gradients (FSDP2), three (tensor parallelism) or two
+    Costs a product and two gradients of one batch to build; with differences, some 40 gradients of
+    one batch. A product costs four gradients (FSDP2), three (tensor parallelism) or two
     (differences) over the data.
 
     Raises:
