@@ -87,8 +87,7 @@ class CentralDifferences:
 
     def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
         """H v: two gradients."""
-        kept = list(rounds)
-        return self._difference(objective, v, lambda: objective.gradient_here(kept))
+        return self._difference(objective, v, lambda: objective.gradient_here(rounds))
 
     def gauss_newton(
         self,
@@ -132,10 +131,9 @@ class CentralDifferences:
         length = space.norm(scaled)
         unit = scaled / length.to(v.dtype)
         step = (self.step * space.norm(model.theta)).to(v.dtype)
-        plus, minus = model.theta + step * unit, model.theta - step * unit
-        model.write(plus)
+        plus = model.write(model.theta + step * unit)
         difference = f()
-        model.write(minus)
+        minus = model.write(model.theta - step * unit)
         difference -= f()
         moved = space.inner((plus - minus)[:, None], unit[:, None])[0, 0]
         return difference.mul_((length / moved).to(difference.dtype)).mul_(largest)

@@ -79,13 +79,12 @@ class ShardedModel:
             self.module.get_submodule(prefix)._buffers[key_in] = buffer.clone()
         return self.module
 
-    def write(self, theta: Tensor) -> None:
-        """Put a local vector into the shards."""
+    def write(self, theta: Tensor) -> Tensor:
+        """Put a local vector into the shards; what they hold of it, as they round it."""
         torch_private.reshard(self.module)
-        with torch.no_grad():
-            shards = self.layout.split(theta)
-            for name, parameter in self.parameters().items():
-                _local(parameter).copy_(shards[name])
+        shards = self.layout.split(theta)
+        self._write(shards, shards)
+        return self.layout.flatten(shards)
 
     def take_gradients(self) -> Tensor:
         """The local vector of the gradients that a backward pass has left, which are removed."""

@@ -25,6 +25,16 @@ Round = tuple[int, Batch, float]  # number of a batch, the batch, its share of t
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """The rounds of a pass over the data, with a bar; a new pass every time."""
+
+    data: RankData
+
+    def __iter__(self) -> Iterator[Round]:
+        return iter(batches_shown(iter(self.data), self.data.rounds))
+
+
+@dataclass(frozen=True)
 class ShardedObjective:
     """The function that is differentiated, the model in shards, and the data of this rank."""
 
@@ -51,9 +61,9 @@ class ShardedObjective:
             f"{self.model.mode} mode",
         ]
 
-    def rounds(self) -> Iterator[Round]:
+    def rounds(self) -> Iterable[Round]:
         """The batches of this rank and their shares; as many rounds on every rank."""
-        return iter(batches_shown(iter(self.data), self.data.rounds))
+        return Rounds(self.data)
 
     def first_round(self) -> list[Round]:
         """One batch of every rank, the mean over ranks."""

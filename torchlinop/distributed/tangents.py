@@ -85,7 +85,7 @@ class _Tangents:
         """Gather the tangents of this dtype."""
         pairs = zip(self.local, self.whole, strict=True)
         chosen = [(p, shard, whole) for (p, shard), whole in pairs if whole.dtype == dtype]
-        mine = torch.cat([_padded(shard.to(dtype), p.padded) for p, shard, _ in chosen])
+        mine = torch.cat([_padded(shard.to(whole), p.padded) for p, shard, whole in chosen])
         every = _all_gathered(mine, self.group.process_group)
         pieces = every.split([p.padded.numel() for p, _, _ in chosen], dim=1)
         for (parameter, _, whole), piece in zip(chosen, pieces, strict=True):
