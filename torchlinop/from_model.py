@@ -192,6 +192,7 @@ def refuse_bad_options(
     weight: object,
     weighting: str,
 ) -> None:
+    """Raise OptionError for a number, weighting or weight that is none."""
     for name, number in [("num_batches", num_batches), ("microbatch_size", microbatch_size)]:
         if number is not None:
             _refuse_below(name, number, 1)
