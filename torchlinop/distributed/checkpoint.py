@@ -232,7 +232,9 @@ class CheckpointFolder:
         return self._everywhere
 
     def _write(self, folder: str, state: dict[str, Any], latest: dict[str, Any]) -> None:
-        shutil.rmtree(self.path / folder, ignore_errors=True)  # of a save that was interrupted
+        if self._writes:
+            shutil.rmtree(self.path / folder, ignore_errors=True)  # of a save that was interrupted
+        self.space.agree(False)  # none writes there before it is gone
         failed = None
         try:
             with self._by_whom() as options:
