@@ -26,7 +26,10 @@ class Ranks(Protocol):
     def number(self) -> int: ...  # of this one, from 0
     def agreed(self) -> AbstractContextManager[None]: ...  # errors inside are raised by all
     def gathered(self, mine: T) -> list[T]: ...  # small things, in the order of the ranks
-    def space(self, space: VectorSpace) -> VectorSpace: ...  # whose vectors all of them hold
+
+    def space(self, space: VectorSpace, *, sums: bool) -> VectorSpace:
+        """Vectors that all of them hold, of a matrix whose products are, or are not, ``sum``s."""
+        ...
 
     def sum(self, compute: Callable[[], Tensor], given: Tensor) -> Tensor:
         """``Σ_r compute()``, of the shape of ``given``, in one all-reduce.
@@ -49,7 +52,7 @@ class OneProcess:
     def gathered(self, mine: T) -> list[T]:
         return [mine]
 
-    def space(self, space: VectorSpace) -> VectorSpace:
+    def space(self, space: VectorSpace, *, sums: bool) -> VectorSpace:
         return space
 
     def sum(self, compute: Callable[[], Tensor], given: Tensor) -> Tensor:

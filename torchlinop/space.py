@@ -74,6 +74,10 @@ class VectorSpace:
         """The rows that this process holds of a whole vector (n,) or block (n, k)."""
         return whole
 
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """The same, if all processes have the same vectors; else DivergenceError, on all."""
+        return self.scatter(whole)
+
     def gather(self, local: Tensor) -> Tensor:
         """The whole vector (n,) or block (n, k), on every process."""
         return local

@@ -50,7 +50,7 @@ def united(objective: AnyObjective, ranks: Ranks) -> AnyObjective:
         objective,
         data=data.among(before, whole),
         ranks=ranks,
-        space=ranks.space(objective.space),
+        space=ranks.space(objective.space, sums=True),
     )
 
 

@@ -1,7 +1,7 @@
 """Runs a function on every rank of a process group (gloo, CPU) and gives back what each returned.
 
-The processes are forked from one server that has imported torch already: 2 ranks take less than
-half a second to start. Arguments and results are pickled, so functions are those of a module.
+The processes are forked from one server that has imported what is slow to import: 2 ranks take less
+than half a second to start. Arguments and results are pickled, so functions are those of a module.
 """
 
 from __future__ import annotations
@@ -21,8 +21,18 @@ import torch
 import torch.distributed as dist
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torchlinop"]
+_processes.set_forkserver_preload(  # those that are not installed are passed over
+    [
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "scipy.sparse.linalg",
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.llama.modeling_llama",
+        "torchlinop.distributed",
+        "torchlinop.testing.gallery",
+    ]
 )
 
 

@@ -2,14 +2,15 @@
 
 import copy
 import io
+import os
+import signal
 import sys
-from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 from problems import EVEN, PROBLEMS, UNEQUAL, mlp, of_rank, union
-from processes import failures, on_ranks
+from processes import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from torchlinop import (
@@ -57,19 +58,19 @@ MATRICES = {
     "ekfac": (EKFACOperator, True, {"separate_weight_and_bias": False}),
 }
 OF_OUTPUTS = ["ggn", "sampled fisher", "empirical fisher of terms", "kfac", "ekfac"]
-TABLE = [
-    *(("mlp", 2, UNEQUAL, matrix) for matrix in MATRICES),
-    *(("mlp", 4, UNEQUAL, matrix) for matrix in ("hessian", "sampled kfac")),
-    *(("mlp", 1, EVEN, matrix) for matrix in ("hessian", "sampled kfac")),
-    *(("regression", 2, EVEN, matrix) for matrix in ("hessian", *OF_OUTPUTS)),
-    *(("tied", 2, UNEQUAL, matrix) for matrix in ("hessian", *OF_OUTPUTS)),
-    *(("frozen", 2, UNEQUAL, matrix) for matrix in ("hessian", *OF_OUTPUTS)),
-    *(
-        ("gpt2", 2, UNEQUAL, matrix)
-        for matrix in ("hessian", "hessian in train mode", "empirical fisher")
-    ),
-    ("llama", 2, UNEQUAL, "hessian"),
-]
+# world size -> problem, proportions of the ranks, matrices
+TABLE = {
+    1: [("mlp", EVEN, ["hessian", "sampled kfac"])],
+    2: [
+        ("mlp", UNEQUAL, list(MATRICES)),
+        ("regression", EVEN, ["hessian", *OF_OUTPUTS]),
+        ("tied", UNEQUAL, ["hessian", *OF_OUTPUTS]),
+        ("frozen", UNEQUAL, ["hessian", *OF_OUTPUTS]),
+        ("gpt2", UNEQUAL, ["hessian", "hessian in train mode", "empirical fisher"]),
+        ("llama", UNEQUAL, ["hessian"]),
+    ],
+    4: [("mlp", UNEQUAL, ["hessian", "sampled kfac"])],
+}
 
 
 def error_of_products(problem, matrix, batches, all_batches):
@@ -82,24 +83,24 @@ def error_of_products(problem, matrix, batches, all_batches):
     return float((op.matmat(V) - expected).abs().max() / expected.abs().max())
 
 
-def errors_on_this_rank(name, proportions, matrices):
-    problem, rank, world_size = PROBLEMS[name](), dist.get_rank(), dist.get_world_size()
-    batches = of_rank(problem, rank, world_size, proportions)
-    everything = union(problem, world_size, proportions)
-    return {m: error_of_products(problem, m, batches, everything) for m in matrices}
+def errors_on_this_rank():
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    errors = {}
+    for name, proportions, matrices in TABLE[world_size]:
+        problem = PROBLEMS[name]()
+        batches = of_rank(problem, rank, world_size, proportions)
+        everything = union(problem, world_size, proportions)
+        for matrix in matrices:
+            error = error_of_products(problem, matrix, batches, everything)
+            errors[f"{matrix} of {name}"] = error
+    return errors
 
 
-@cache
-def errors_on_ranks(name, world_size, proportions):
-    matrices = [m for n, w, p, m in TABLE if (n, w, p) == (name, world_size, proportions)]
-    return on_ranks(world_size, errors_on_this_rank, name, proportions, matrices, timeout=300)
-
-
-@pytest.mark.parametrize(("name", "world_size", "proportions", "matrix"), TABLE)
-def test_products_are_those_of_one_process_with_all_batches(name, world_size, proportions, matrix):
-    of_ranks = errors_on_ranks(name, world_size, proportions)
-    assert len(of_ranks) == world_size
-    assert max(errors[matrix] for errors in of_ranks) <= 1e-14
+@pytest.mark.parametrize("world_size", TABLE)
+def test_products_are_those_of_one_process_with_all_batches(world_size):
+    for errors in on_ranks(world_size, errors_on_this_rank, timeout=300):
+        assert len(errors) == sum(len(matrices) for _, _, matrices in TABLE[world_size])
+        assert max(errors.values()) <= 1e-14, errors
 
 
 def mine(problem):
@@ -123,8 +124,8 @@ def counted_collectives():
 def test_a_product_is_one_all_reduce_whatever_the_number_of_batches_and_columns():
     for batches, n, (of_vector, of_block), of_lanczos in on_ranks(2, counted_collectives):
         assert batches in (1, 7)
-        assert of_vector == [("all-reduce", 8 * (n + 33))]
-        assert of_block == [("all-reduce", 8 * (5 * n + 33))]
+        assert of_vector == [("all-reduce", 8 * (n + 34))]
+        assert of_block == [("all-reduce", 8 * (5 * n + 34))]
         others = [of for of in of_lanczos if of != of_vector[0]]
         assert len(of_lanczos) - len(others) == 20
         assert set(others) <= {("all-reduce", 8)}  # agreement on when to stop, and on memory
@@ -165,9 +166,12 @@ def test_calls_written_for_hessian_eigenthings_run_on_models_wrapped_in_ddp():
         assert max(of_ggn, of_fisher) <= 1e-14
 
 
-def results_of_algorithms():
+def results_on_this_rank():
     p = mlp()
-    op = data_parallel(HessianOperator)(p.model, mine(p), p.loss_fn)
+    return results(data_parallel(HessianOperator)(p.model, mine(p), p.loss_fn))
+
+
+def results(op):
     density = spectral_density(op, num_runs=2, lanczos_steps=12, seed=3)
     return {
         "lanczos": lanczos(op, k=3, tol=1e-12).eigenvalues,
@@ -176,18 +180,14 @@ def results_of_algorithms():
     }
 
 
-@cache
-def algorithms(world_size):
-    return on_ranks(world_size, results_of_algorithms)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("which", ["lanczos", "trace", "spectral_density"])
-def test_algorithms_give_on_all_ranks_what_one_rank_gives(world_size, which):
-    (alone,) = algorithms(1)
-    for result in algorithms(world_size):
-        error = (result[which] - alone[which]).abs().max()
-        assert error <= 1e-10 * alone[which].abs().max()
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_algorithms_give_on_all_ranks_what_one_process_gives(world_size):
+    p = mlp()
+    alone = results(HessianOperator(p.model, p.batches, p.loss_fn))
+    for here in on_ranks(world_size, results_on_this_rank):
+        for which, expected in alone.items():
+            error = (here[which] - expected).abs().max()
+            assert error <= 1e-10 * expected.abs().max(), which
 
 
 def raises_on_rank_1(model, batch):
@@ -221,39 +221,21 @@ def a_failing_loss(at_construction):
     return message, unchanged and own, float((op @ v - alone @ v).abs().max())
 
 
-@pytest.mark.parametrize("at_construction", [True, False])
-def test_a_loss_that_fails_on_one_rank_ends_all_and_leaves_the_model_as_it_was(at_construction):
-    for (kind, sentence), untouched, later in on_ranks(2, a_failing_loss, at_construction):
-        assert (kind, sentence) == ("RuntimeError", "on rank 1 of 2: the loss failed")
-        assert untouched
-        assert later <= 1e-14
+def failing_losses():
+    return [a_failing_loss(at_construction) for at_construction in (True, False)]
 
 
-def without_data(of_rank_1):
-    p = mlp()
-    DDPHessianOperator(p.model, of_rank_1 if dist.get_rank() else mine(p), p.loss_fn)
-
-
-@pytest.mark.parametrize(
-    ("of_rank_1", "sentence"),
-    [
-        ([], "on rank 1 of 2: the data gave no batches; pass a list"),
-        (
-            [(torch.randn(2, 6).double(), torch.full((2,), -100))],
-            "on rank 1 of 2: the data hold no loss term",
-        ),
-    ],
-)
-def test_a_rank_without_data_ends_all(of_rank_1, sentence):
-    told = failures(2, without_data, of_rank_1)
-    assert told[0] == told[1]
-    assert told[0][0] == "EmptyDataError"
-    assert told[0][1].startswith(sentence)
+def test_a_loss_that_fails_on_one_rank_ends_all_and_leaves_the_model_as_it_was():
+    for when in on_ranks(2, failing_losses):
+        for (kind, sentence), untouched, later in when:
+            assert (kind, sentence) == ("RuntimeError", "on rank 1 of 2: the loss failed")
+            assert untouched
+            assert later <= 1e-14
 
 
 def different(what):
     p, rank = mlp(), dist.get_rank()
-    options = {}
+    options, data = {}, mine(p)
     if what == "values" and rank:
         p.model[2].bias.data[0] += 1e-9
     if what == "shapes" and rank:
@@ -264,7 +246,11 @@ def different(what):
         options["weight"] = lambda batch: 1.0
     if what == "options" and rank:
         options["method"] = "forwards"
-    op = data_parallel(HessianOperator)(p.model, mine(p), p.loss_fn, **options)
+    if what == "no batch" and rank:
+        data = []
+    if what == "no loss term" and rank:
+        data = [(torch.randn(2, 6).double(), torch.full((2,), -100))]
+    op = data_parallel(HessianOperator)(p.model, data, p.loss_fn, **options)
     v = op.space.random(1, seed=rank)[:, 0]
     lanczos(op, k=1, v0=-v if rank else v) if what == "v0" else op @ v
 
@@ -285,22 +271,55 @@ DIFFERENCES = {
     "mode": ("ProcessGroupError", "the ranks differ in mode: 'eval' on rank 0, 'train' on rank 1"),
     "weights": ("WeightingError", "the ranks weigh their batches differently, by samples and"),
     "options": ("OptionError", "on rank 1 of 2: unknown method 'forwards'"),
+    "no batch": ("EmptyDataError", "on rank 1 of 2: the data gave no batches; pass a list"),
+    "no loss term": ("EmptyDataError", "on rank 1 of 2: the data hold no loss term"),
     "vectors": ("DivergenceError", "the ranks passed different vectors to a product"),
     "v0": ("DivergenceError", "the ranks passed different vectors to a product"),
 }
 
 
-@cache
-def told_of_differences():
-    return on_ranks(2, told_of, list(DIFFERENCES))
-
-
-@pytest.mark.parametrize("what", DIFFERENCES)
-def test_ranks_that_differ_are_all_told_so(what):
-    here, there = (told[what] for told in told_of_differences())
+def test_ranks_that_differ_are_all_told_so():
+    here, there = on_ranks(2, told_of, list(DIFFERENCES))
     assert here == there
-    assert here[0] == DIFFERENCES[what][0]
-    assert here[1].startswith(DIFFERENCES[what][1])
+    for what, (kind, sentence) in DIFFERENCES.items():
+        assert here[what][0] == kind
+        assert here[what][1].startswith(sentence)
+
+
+class Interrupting(KFACOperator):
+    """A matrix whose products are interrupted by a signal, and noted."""
+
+    def _matmat(self, V):
+        os.kill(os.getpid(), signal.SIGINT)
+        return super()._matmat(V)
+
+
+def interrupted_on_one_rank():
+    p = mlp()
+
+    def loss_fn(model, batch):
+        if len(seen) == 6 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return p.loss_fn(model, batch)
+
+    seen = []
+    op = data_parallel(HessianOperator)(p.model, mine(p), loss_fn, linearization="rebuild")
+    multiply = op._matmat
+    op._matmat = lambda V: seen.append(V) or multiply(V)
+    handler = signal.getsignal(signal.SIGINT)
+    found = lanczos(op, k=2, ncv=20, tol=1e-6)
+    assert signal.getsignal(signal.SIGINT) is handler
+    K = data_parallel(Interrupting)(p.model, mine(p), p.forward_fn, p.criterion)
+    with pytest.raises(KeyboardInterrupt):
+        lanczos(K, k=2)
+    return found.status, found.matvecs, found.eigenvalues
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_interruption_of_one_rank_ends_all_after_the_same_product():
+    first, second = on_ranks(2, interrupted_on_one_rank)
+    assert first[:2] == second[:2] == ("interrupted", 5)
+    assert torch.equal(first[2], second[2])
 
 
 def test_without_a_process_group_it_says_how_to_make_one():
@@ -309,26 +328,17 @@ def test_without_a_process_group_it_says_how_to_make_one():
         DDPHessianOperator(p.model, p.batches, p.loss_fn)
 
 
-def refused(of_class):
-    data_parallel(LambdaOperator if of_class else LambdaOperator(3, lambda v: v))
-
-
-@pytest.mark.parametrize("of_class", [True, False])
-def test_matrices_without_data_are_refused(of_class):
-    ((kind, sentence),) = failures(1, refused, of_class)
-    assert kind == "OptionError"
-    assert "LambdaOperator; make data_parallel of each part" in sentence
-
-
-def with_a_backend():
+def refusals():
     p = mlp()
-    DDPHessianOperator(p.model, p.batches, p.loss_fn, backend=torch)
+    for of_no_data in (LambdaOperator, LambdaOperator(3, lambda v: v)):
+        with pytest.raises(OptionError, match="LambdaOperator; make data_parallel of each part"):
+            data_parallel(of_no_data)
+    with pytest.raises(OptionError, match="expected no backend, got a module"):
+        DDPHessianOperator(p.model, p.batches, p.loss_fn, backend=torch)
 
 
-def test_a_backend_is_refused():
-    ((kind, sentence),) = failures(1, with_a_backend)
-    assert kind == OptionError.__name__
-    assert "expected no backend, got a module" in sentence
+def test_matrices_without_data_and_backends_are_refused():
+    on_ranks(1, refusals)
 
 
 def of_labels_that_only_ranks_together_tell_apart():
@@ -346,10 +356,6 @@ def of_labels_that_only_ranks_together_tell_apart():
     return float((op @ v - alone @ v).norm() / (alone @ v).norm())
 
 
-def test_weights_are_found_on_batches_of_all_ranks():
-    assert max(on_ranks(2, of_labels_that_only_ranks_together_tell_apart)) <= 1e-13
-
-
 def of_sums():
     p = mlp()
 
@@ -363,8 +369,13 @@ def of_sums():
     return float((again.to_dense() - alone.to_dense()).norm())
 
 
-def test_a_loss_that_is_a_sum_is_summed_and_parallel_twice_is_once():
-    assert max(on_ranks(2, of_sums)) <= 1e-13
+def errors_of_weights():
+    return of_labels_that_only_ranks_together_tell_apart(), of_sums()
+
+
+def test_weights_are_found_on_batches_of_all_ranks_and_sums_are_summed():
+    for errors in on_ranks(2, errors_of_weights):
+        assert max(errors) <= 1e-13
 
 
 def shown_bar():

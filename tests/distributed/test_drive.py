@@ -1,5 +1,8 @@
 """Solvers of other libraries on rank 0, or on every rank alike, with the products of all ranks."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +132,30 @@ def goes_on_after_an_error():
 
 def test_an_error_that_the_solver_handles_is_no_error():
     assert on_ranks(2, goes_on_after_an_error) == ["went on"] * 2
+
+
+def interrupted(on_rank):
+    products = []
+
+    def loss_fn(model, batch):
+        if len(products) == 5 and dist.get_rank() == on_rank:
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    op = hessian("rebuild", loss_fn)
+    multiply = op._matmat
+    op._matmat = lambda V: products.append(V) or multiply(V)
+    try:
+        drive(op, lambda A: eigsh(as_linear_operator(A), k=20, which="LA", tol=0, rng=0))
+    except BaseException as error:
+        told = type(error).__name__
+    # All of them can go on together.
+    return told, drive(hessian(), lambda A: A.size)
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+def test_an_interruption_ends_all_ranks_after_a_product(on_rank):
+    assert on_ranks(2, interrupted, on_rank) == [("KeyboardInterrupt", 53)] * 2
 
 
 def of_our_own():

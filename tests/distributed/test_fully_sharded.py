@@ -104,7 +104,7 @@ def test_products_are_those_of_one_process_on_the_union_of_the_data():
 
 
 def on_four() -> dict[str, float]:
-    plain = errors(["mlp", "frozen"], ["hessian", "ggn"]) | errors(["llama"], ["hessian"])
+    plain = errors(["mlp", "frozen"], ["hessian", "ggn"])
     hybrid = errors(["mlp"], ["hessian", "ggn"], 2) | errors(["gpt2"], ["hessian"], 2)
     return plain | {f"hybrid {name}": error for name, error in hybrid.items()}
 
@@ -268,6 +268,24 @@ def refused(function: Callable, *args: Any, **options: Any) -> tuple[str, str]:
     return "nothing", "was refused"
 
 
+def faulty_filter(name: str, parameter: nn.Parameter) -> bool:
+    if dist.get_rank() == 1:
+        raise LookupError("no such filter")
+    return True
+
+
+class Torn(list):
+    """Data of which the last batch cannot be read on rank 1, when told so."""
+
+    torn = False
+
+    def __iter__(self) -> Any:
+        yield from self[:-1]
+        if self.torn and dist.get_rank() == 1:
+            raise OSError("no such disk")
+        yield self[-1]
+
+
 def refusals() -> list[tuple[str, tuple[str, str]]]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     problem = problems.mlp()
@@ -301,6 +319,20 @@ def refusals() -> list[tuple[str, tuple[str, str]]]:
             attempt(model, own, mean, weighting="batch-mean"),
         )
     )
+    found.append(("on rank 0 of 2: integer division or modulo by zero", attempt(model, own, mean)))
+    other = {"weight": lambda batch: 1.0} if rank else {}
+    found.append(("differently, by measurement and weights; pass", attempt(model, **other)))
+    found.append(
+        (
+            "the ranks differ in self_test: True on rank 0, False on rank 1; build",
+            attempt(model, self_test=rank == 0),
+        )
+    )
+    found.append(("on rank 1 of 2: no such filter", attempt(model, param_filter=faulty_filter)))
+    data = Torn(own)
+    C = FSDPHessianOperator(model, data, loss, self_test=False, pin_data=False)
+    data.torn = True
+    found.append(("on rank 1 of 2: no such disk", refused(C.matvec, C.space.random(1)[:, 0])))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     coarse = fresh(mp_policy=half)
     found.append(

@@ -12,7 +12,7 @@ from processes import on_ranks
 from torchlinop.bench import paper_model
 from torchlinop.bench.collectives import Collectives
 from torchlinop.bench.host_memory import host_peak
-from torchlinop.bench.scale import BATCHES, COLUMNS, SETUPS, measured, report
+from torchlinop.bench.scale import _STEPS, BATCHES, COLUMNS, SETUPS, measured, report
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +56,8 @@ def records():
 def test_a_product_of_ddp_is_one_all_reduce_and_a_step_adds_nothing():
     ddp = records()[0][0]
     n = ddp["parameters"]
-    assert ddp["product"]["all-reduce"] == [1, 4 * (n + 33)]
-    assert ddp["block"]["all-reduce"] == [1, 4 * (COLUMNS * n + 33)]
+    assert ddp["product"]["all-reduce"] == [1, 4 * (n + 34)]
+    assert ddp["block"]["all-reduce"] == [1, 4 * (COLUMNS * n + 34)]
     assert ddp["product"]["all-gather"] == [0, 0]
     assert ddp["step"] == {}
 
@@ -68,6 +68,14 @@ def test_a_product_of_fsdp_gathers_parameters_and_tangents_and_scatters_once():
     assert fsdp["product"]["all-gather"][1] == pytest.approx(4 * BATCHES * 4 * n, rel=0.01)
     assert fsdp["product"]["reduce-scatter"][1] == pytest.approx(BATCHES * 4 * n, rel=0.01)
     assert fsdp["vector_bytes"] == pytest.approx(2 * n, rel=0.01)
+
+
+def test_a_lanczos_step_of_fsdp_is_two_small_all_reduces_besides_its_product():
+    for fsdp in [record for record in records()[0] if record["setup"] == "FSDP2"]:
+        assert list(fsdp["step"]) == ["all-reduce"]
+        number, size = fsdp["step"]["all-reduce"]
+        assert number <= 2
+        assert size <= 8 * 2 * max(_STEPS)
 
 
 def test_the_report_has_a_row_for_every_record():

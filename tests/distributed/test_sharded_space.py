@@ -14,12 +14,13 @@ from processes import failures, on_ranks
 from sharded_matrices import ShardedMatrix, matrix, spectrum, uneven
 from torch.distributed.tensor.debug import CommDebugMode
 
-from torchlinop import HessianOperator, MatrixOperator, lanczos
+from torchlinop import HessianOperator, MatrixOperator, as_linear_operator, lanczos
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.distributed import data_parallel
 from torchlinop.distributed.piece import Piece
 from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.distributed.split_vectors import over_replicas, split_over
+from torchlinop.errors import DivergenceError
 from torchlinop.random_column import CHUNK, RandomColumn, gaussian
 from torchlinop.space import VectorSpace
 
@@ -286,6 +287,8 @@ def wrong_uses():
         op @ torch.ones(60, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected operators on one space"):
         op + over_replicas(MatrixOperator(matrix()))
+    with pytest.raises(DivergenceError, match="passed different vectors to a product"):
+        as_linear_operator(op) @ np.full(60, float(dist.get_rank()))
     return split_over(61, torch.float32, CPU).local_size
 
 

@@ -102,15 +102,21 @@ def refusals() -> list[tuple[str, tuple[str, str]]]:
     torch_private._from_local_backward = _FromTorchTensor.backward
     silent = attempt(data_group=mesh["dp"].get_group())
     torch_private._from_local_backward = unmended
+    own = problems.of_rank(problem, mesh["dp"].get_local_rank(), 2)  # of "dp", given to "tp"
+    mixed = refused(
+        FSDPHessianOperator, model, own, problem.loss_fn, data_group=mesh["tp"].get_group()
+    )
     return [
         ('pass data_group=mesh["dp"].get_group()', attempt()),
         ('use method="autograd" for a tensor-parallel model', forward),
         ("the product by autograd differs by", silent),
+        ("ranks 0 and 2 have parts of the same copy of the model, and different", mixed),
     ]
 
 
 def on_four() -> tuple[dict, list]:
-    found = errors(["even", "llama"], ["hessian", "ggn"], replicas=2)
+    found = errors(["even"], ["hessian", "ggn"], replicas=2)
+    found |= errors(["llama"], ["hessian"], replicas=2)
     alone = errors(["even"], ["hessian", "ggn"])
     return found | {f"{name}, alone": result for name, result in alone.items()}, refusals()
 

@@ -105,7 +105,7 @@ class SciPyOperator(Adapter, LinearOperator):
             return both
         self._count.add(V.shape[1])
         space = operator.space
-        rows = space.scatter(tensor_of(V, space.dtype, space.device))
+        rows = space.own_rows(tensor_of(V, space.dtype, space.device))
         AV = array_of(space.gather(operator.matmat(rows)))
         self._bar.update(V.shape[1])
         return AV if AV.dtype == dtype else AV.astype(dtype)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis
+from torchlinop.algorithms.orthogonal import extended, factored
 from torchlinop.errors import OptionError
 
 Array = NDArray[np.float64]
@@ -19,34 +20,45 @@ _WINDOW = 5  # vectors, as users of local reorthogonalisation choose
 
 
 class Policy(Protocol):
-    """Makes w, after the three-term recurrence, orthogonal to columns of V, in place."""
+    """Makes w, after the three-term recurrence, orthogonal to columns of V and a unit vector."""
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
-        """The length () of what was taken from w, on the device: T knows nothing of it.
+    def __call__(
+        self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor, threshold: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Its length (), and that of what was taken or dropped, of which T knows nothing.
 
-        ``alpha`` (j + 1,) and ``beta`` (j,) are known, and so are j + 1 columns of V.
+        In place, on the device. If w is no longer than ``threshold``, it becomes zero, and so does
+        its length. ``alpha`` (j + 1,) and ``beta`` (j,) are known, and so are j + 1 columns of V;
+        w is the memory of the next, if V has any.
         """
 
 
-class Full:
-    """To all, once: the recurrence was the first of the two passes that are enough."""
+class Last:
+    """To the last few, or to all: once, as the recurrence was the first of two passes.
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
-        return _length(V.project(w, len(alpha)))
+    "Twice is enough". After the last few alone, copies of converged eigenvalues ("ghosts") still
+    appear.
+    """
 
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
 
-class Window:
-    """To the last few. Copies of converged eigenvalues ("ghosts") still appear."""
-
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
-        return _length(V.project(w, len(alpha), max(0, len(alpha) - _WINDOW)))
+    def __call__(
+        self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor, threshold: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        size = len(alpha)
+        start = 0 if self.window is None else max(0, size - self.window)
+        c, s, lost = extended(V.space, V.columns(start, size + 1), threshold)
+        return s[0, 0].real, _length(c) + lost[0]
 
 
 class Nothing:
     """To none but by the recurrence. Copies of converged eigenvalues appear."""
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
-        return torch.zeros_like(alpha[0])
+    def __call__(
+        self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor, threshold: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _unit(w, V, threshold)
 
 
 class Partial:
@@ -62,7 +74,9 @@ class Partial:
         self._before, self._now = np.zeros(0), np.ones(1)  # ω of v_{j-1} and v_j with v_0, v_1, ...
         self._again = False
 
-    def __call__(self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor) -> Tensor:
+    def __call__(
+        self, w: Tensor, V: Basis, alpha: Tensor, beta: Tensor, threshold: Tensor
+    ) -> tuple[Tensor, Tensor]:
         taken = torch.zeros_like(alpha[0])
         norm = float(V.space.norm(w)[0])
         omega = self._next(alpha.cpu().numpy(), beta.cpu().numpy(), norm)
@@ -74,7 +88,8 @@ class Partial:
             omega[:-1] = self.eps
             self._again = not self._again
         self._before, self._now = self._now, omega
-        return taken
+        length, lost = _unit(w, V, threshold)
+        return length, taken + lost
 
     def _next(self, alpha: Array, beta: Array, norm: float) -> Array:
         """ω of v_{j+1} with v_0, ..., v_{j+1}: Simon's recurrence, its noise at the worst."""
@@ -91,12 +106,18 @@ class Partial:
         return omega
 
 
+def _unit(w: Tensor, V: Basis, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide w by its length, in place; the length, and what was lost if it is too small."""
+    length, lost = factored(V.space, w, threshold)
+    return length[0, 0].real, lost[0]
+
+
 def _length(H: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(H)
     return length
 
 
-_BY_NAME: dict[str, type[Policy]] = {"full": Full, "local": Window, "none": Nothing}
+_BY_NAME: dict[str, Policy] = {"full": Last(), "local": Last(_WINDOW), "none": Nothing()}
 NAMES = ("full", "partial", "local", "none")
 
 
@@ -118,4 +139,4 @@ def name_of(reorthogonalize: Reorthogonalization) -> str:
 
 def policy_of(name: str, dtype: torch.dtype) -> Policy:
     """The mode of this name, for one run."""
-    return Partial(torch.finfo(dtype).eps) if name == "partial" else _BY_NAME[name]()
+    return Partial(torch.finfo(dtype).eps) if name == "partial" else _BY_NAME[name]

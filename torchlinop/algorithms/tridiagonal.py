@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis, subtract
-from torchlinop.algorithms.orthogonal import factored, removed
+from torchlinop.algorithms.orthogonal import removed
 from torchlinop.algorithms.products import Products, breakdown, working_dtype
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of, policy_of
 from torchlinop.algorithms.result import Result
@@ -124,6 +124,10 @@ class Recurrence:
         self.scale = torch.zeros((), dtype=torch.float64, device=q.device)
         self.previous, self.q = q[:, :0], self._stored(0, q)
 
+    def _room(self, j: int) -> Tensor:
+        """Memory for the column j: contiguous, so that it has the same bits without a basis."""
+        return self.basis.room(j, 1) if self.keep_basis else self.q.new_empty(1, len(self.q)).mT
+
     def _stored(self, j: int, q: Tensor) -> Tensor:
         return self.basis.put(j, q) if self.keep_basis else q
 
@@ -136,16 +140,18 @@ class Recurrence:
 
     def step(self, j: int) -> None:
         """One product."""
-        w = self.q.new_empty(1, len(self.q)).mT  # the same bits with a basis or without
+        w = self._room(j + 1)
         s = scaled_product(self.products, self.q, self.scale if j else None, w)
         if j:
             subtract(w, self.previous, self.beta[j - 1 : j, None] / s)
         self.alpha[j] = s * removed(self.space, self.q, w)[0, 0].real
-        taken = self.policy(w, self.basis, self.alpha[: j + 1] / s, self.beta[:j] / s)
         self.scale = torch.maximum(self.scale, self.alpha[j].abs())
-        beta, lost = factored(self.space, w, self.breakdown * self.scale / s)
-        self.errors[j] = s * (taken + lost[0])  # which the coefficients do not know
-        self.beta[j] = s * beta[0, 0].real
+        alpha, beta, threshold = (
+            x / s for x in (self.alpha[: j + 1], self.beta[:j], self.breakdown * self.scale)
+        )
+        length, unknown = self.policy(w, self.basis, alpha, beta, threshold)
+        self.errors[j] = s * unknown  # to the coefficients
+        self.beta[j] = s * length
         self.scale = torch.maximum(self.scale, self.beta[j])
         self.previous, self.q = self.q, self._stored(j + 1, w)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from torchlinop.errors import ProcessGroupError, RankError
+from torchlinop.errors import DivergenceError, ProcessGroupError, RankError
 
 T = TypeVar("T")
 
@@ -76,6 +76,15 @@ def process_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
             "of all; build the operator on the ranks of its group only"
         )
     return chosen
+
+
+def divergence() -> DivergenceError:
+    """Of ranks that do not have the same vectors where they should."""
+    return DivergenceError(
+        "the ranks passed different vectors to a product: the solver does not take the same steps "
+        "everywhere. Give it the same start (v0) and seed on all ranks, or run it on rank 0 alone "
+        "by torchlinop.distributed.drive(op, solver)"
+    )
 
 
 @dataclass(frozen=True)

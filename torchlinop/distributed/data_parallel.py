@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchlinop.distributed.agreement import agreed, gathered, raise_together
+from torchlinop.distributed.agreement import agreed, divergence, gathered, raise_together
 from torchlinop.distributed.agreement import process_group as checked_group
-from torchlinop.errors import DivergenceError, OptionError
+from torchlinop.distributed.interruption import current, interrupted_together
+from torchlinop.errors import OptionError
 from torchlinop.fingerprint import fingerprint, signs
 from torchlinop.objective import Objective
 from torchlinop.operators.base import CurvatureOperator
@@ -51,34 +52,39 @@ class GroupRanks:
     def gathered(self, mine: T) -> list[T]:
         return gathered(mine, self.group)
 
-    def space(self, space: VectorSpace) -> VectorSpace:
-        return ReplicatedSpace(space.size, space.dtype, space.device, self.group)
+    def space(self, space: VectorSpace, *, sums: bool) -> VectorSpace:
+        return ReplicatedSpace(space.size, space.dtype, space.device, self.group, sums)
 
     def sum(self, compute: Callable[[], Tensor], given: Tensor) -> Tensor:
-        """``Σ_r compute()`` by one all-reduce, of 33 numbers more than ``given`` has.
+        """``Σ_r compute()`` by one all-reduce, of 34 numbers more than ``given`` has.
 
-        These tell whether any rank has failed, and whether ``given`` is the same on all.
+        These tell whether any rank has failed or was interrupted, and whether ``given`` is the same
+        on all.
 
         Raises:
             DivergenceError: it is not; else what a rank raised, on all ranks.
         """
         error: BaseException | None = None
-        message = given.new_zeros(given.numel() + 1 + _SIGNS)
-        total, failed, of_given = message.split([given.numel(), 1, _SIGNS])
+        run = current()
+        message = given.new_zeros(given.numel() + 2 + _SIGNS)
+        total, failed, interrupted, of_given = message.split([given.numel(), 1, 1, _SIGNS])
         try:
             total.copy_(compute().reshape(-1))
         except BaseException as raised:
             error = raised
             failed.fill_(1)
+        interrupted.fill_(run is not None and run.asked)
         of_given.copy_(signs(fingerprint(given), _SIGNS))
         dist.all_reduce(message, group=self.group)
         world_size = dist.get_world_size(self.group)
         # One look at all of it: the host has to wait for the device, once a product.
-        failures, *sums = message[given.numel() :].tolist()
+        failures, interruptions, *sums = message[given.numel() :].tolist()
         if any(abs(number) != world_size for number in sums):
-            error = _divergence()
+            error = divergence()
         if error is not None or failures:
             raise_together(error, self.group)
+        if run is not None and interruptions:
+            run.stop()
         summed: Tensor = total.view(given.shape)
         return summed
 
@@ -95,14 +101,6 @@ def ranks_of(process_group: dist.ProcessGroup | None = None) -> GroupRanks:
 _SIGNS = 32  # bits of a fingerprint, as ±1: their sums are exact in every dtype
 
 
-def _divergence() -> DivergenceError:
-    return DivergenceError(
-        "the ranks passed different vectors to a product: the solver does not take the same steps "
-        "everywhere. Give it the same start (v0) and seed on all ranks, or run it on rank 0 alone "
-        "by torchlinop.distributed.drive(op, solver)"
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class ReplicatedSpace(VectorSpace):
     """Vectors that all ranks of a group hold, the same on each.
@@ -111,6 +109,10 @@ class ReplicatedSpace(VectorSpace):
     """
 
     group: dist.ProcessGroup | None = field(default=None, repr=False)
+    sums: bool = True  # whether products of the matrix are sums over the ranks
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        return interrupted_together() if self.sums else nullcontext()
 
     def agree(self, flag: bool) -> bool:
         return self.least(-float(flag)) < 0
@@ -157,7 +159,7 @@ def data_parallel(what: Any, process_group: dist.ProcessGroup | None = None) -> 
             are summed over ranks before they are multiplied.
         process_group: of the ranks; all processes unless given.
 
-    A product costs one all-reduce of n numbers (n k for a block of k columns) and 33 more, whatever
+    A product costs one all-reduce of n numbers (n k for a block of k columns) and 34 more, whatever
     the number of batches; an objective's value, or gradient, another. K-FAC costs three sums of
     its factors when it is built, and nothing later.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchlinop.distributed.agreement import process_group as checked_group
 from torchlinop.distributed.agreement import raise_together
+from torchlinop.distributed.interruption import interrupted_together
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import VectorSpace
@@ -44,7 +45,8 @@ def drive(
 
     Raises:
         ProcessGroupError: there is no process group. What ``function`` raises on rank 0, and what a
-            product raises on any rank and ``function`` lets through: on all ranks.
+            product raises on any rank and ``function`` lets through: on all ranks. Ctrl-C on any
+            rank waits for the end of a product.
 
     Example: ``drive(op, lambda A: eigsh(as_linear_operator(A), k=3))``, of SciPy.
     """
@@ -58,7 +60,8 @@ def drive(
                 result = function(served)
                 sent = [_pickled(result)]
         else:
-            served.serve()
+            with interrupted_together():
+                served.serve()
     except BaseException as raised:
         error = raised
     raise_together(error, group)
@@ -101,8 +104,9 @@ class _Served(CurvatureOperator):
         return AV
 
     def _multiply(self, V: Tensor) -> Tensor:
-        dist.broadcast(V, self._first, self._group)
-        return self._op.space.gather(self._op.matmat(self._op.space.scatter(V)))
+        with interrupted_together():  # not between collectives
+            dist.broadcast(V, self._first, self._group)
+            return self._op.space.gather(self._op.matmat(self._op.space.scatter(V)))
 
     @contextmanager
     def until_done(self) -> Iterator[None]:
@@ -119,7 +123,7 @@ class _Served(CurvatureOperator):
 
         What a product raises is raised at the end, unless rank 0 saw it and went on.
         """
-        error: Exception | None = None
+        error: BaseException | None = None
         while True:
             columns, failed, raised = self._told(torch.zeros(3, dtype=torch.int64))
             if failed and not raised:
@@ -129,7 +133,7 @@ class _Served(CurvatureOperator):
             V = torch.empty(self.size, columns, dtype=self.dtype, device=self.device)
             try:
                 self._multiply(V)
-            except Exception as of_product:
+            except (Exception, KeyboardInterrupt) as of_product:
                 error = error or of_product
         if error is not None:
             raise error

@@ -230,9 +230,10 @@ class FSDPEmpiricalFisherOperator(ShardedOperator):
         mean = MeanOfLosses(loss_fn)
         objective, rest = objective_of(model, dataloader, mean, options, of_samples=True)
         with objective.model.borrowed(), torch.no_grad():
-            b, batch, _ = next(iter(objective.data))
-            losses = objective.together(lambda: loss_fn(objective.model.place(b), batch))
-            several = gives_terms(losses, batch)
+            b, batch, _ = objective.first_round()[0]
+            several = objective.together(
+                lambda: gives_terms(loss_fn(objective.model.place(b), batch), batch)
+            )
         if objective.space.agree(several):
             weights = Losses(mean.weights)
 

@@ -27,7 +27,12 @@ class Interruption:
 
     def settle(self, asked: Tensor) -> None:
         """Raise KeyboardInterrupt, once, if any rank was interrupted: ``asked`` counts them."""
-        if bool(self._look(asked > 0).any()) and not self.raised:
+        if bool(self._look(asked > 0).any()):
+            self.stop()
+
+    def stop(self) -> None:
+        """Raise KeyboardInterrupt, once: to be called by all ranks in the same place."""
+        if not self.raised:
             self.raised = True
             raise KeyboardInterrupt
 

@@ -18,10 +18,12 @@ from torchlinop.batches import (
     read,
     refuse_one_shot,
     split,
+    tensors,
     to_device,
 )
 from torchlinop.distributed.agreement import agreed, gathered
-from torchlinop.errors import EmptyDataError, WeightingError
+from torchlinop.errors import DataError, EmptyDataError, WeightingError
+from torchlinop.fingerprint import fingerprint
 from torchlinop.random_state import preserved_random_state
 from torchlinop.weighting import Weighting, weighed_alike
 
@@ -44,6 +46,11 @@ class DataRanks:
         for group in self.groups:
             number *= group.size()
         return number
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Which data this rank has: that of all ranks in the same place."""
+        return tuple(dist.get_rank(group) for group in self.groups)
 
     def sum(self, local: Tensor) -> Tensor:
         """In place."""
@@ -113,6 +120,8 @@ def rank_data(
     with agreed(group):
         parts = _parts(given)
         telling = _telling(parts())
+        facts = _Facts.of(ranks.place, known, telling)
+    _refuse_contradictions(gathered(facts, group))
     if known is None:
         assert weighting_of is not None
         of_ranks = gathered(telling, group)
@@ -122,13 +131,6 @@ def rank_data(
     with agreed(group):
         counts = [(float(known.count(p)), count_samples(p) or 0) for p in parts()]
         _refuse_empty(counts, known)
-    rules = gathered((known.unit, known.mean), group)
-    with agreed(group):
-        if any(rule != rules[0] for rule in rules):
-            raise WeightingError(
-                f"the ranks weigh their batches differently ({rules[0][0]}, {known.unit}); "
-                "pass the same weight= on all ranks"
-            )
     held = [(count, samples) for count, samples in counts if count]
     own = [sum(c for c, _ in held), len(held), sum(s for _, s in held)]
     sums = ranks.sum(torch.tensor(own, dtype=torch.float64, device=given.device)).tolist()
@@ -142,6 +144,43 @@ def rank_data(
     return RankData(
         with_terms, weighting, given.pin_data, sums[0], int(sums[1]), int(sums[2]), int(most)
     )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What ranks tell each other of their data, before any of them calls the model."""
+
+    place: tuple[int, ...]
+    rule: tuple[str, bool]  # by which batches are weighed
+    batches: tuple[int, ...]  # fingerprints of some
+
+    @classmethod
+    def of(
+        cls, place: tuple[int, ...], known: Weighting | None, telling: Sequence[Batch]
+    ) -> _Facts:
+        rule = ("measurement", True) if known is None else (known.unit, known.mean)
+        seen = [int(fingerprint(tensor.flatten())) for tensor in tensors(telling)]
+        return cls(place, rule, tuple(seen))
+
+
+def _refuse_contradictions(of_ranks: Sequence[_Facts]) -> None:
+    """Of facts that all ranks have, so that all of them raise the same."""
+    rules = {facts.rule for facts in of_ranks}
+    if len(rules) > 1:
+        units = " and ".join(sorted(unit if mean else "a sum" for unit, mean in rules))
+        raise WeightingError(
+            f"the ranks weigh their batches differently, by {units}; pass the same loss, and the "
+            "same weight= or weighting=, on every rank"
+        )
+    first: dict[tuple[int, ...], int] = {}
+    for rank, facts in enumerate(of_ranks):
+        other = first.setdefault(facts.place, rank)
+        if of_ranks[other].batches != facts.batches:
+            raise DataError(
+                f"ranks {other} and {rank} have parts of the same copy of the model, and different "
+                "batches; give the ranks of a tensor-parallel group the same data, or pass "
+                "data_group=, of the ranks with data of their own"
+            )
 
 
 def _parts(given: DataSource) -> Callable[[], Iterator[Batch]]:

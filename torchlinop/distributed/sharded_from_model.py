@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from torchlinop.batches import Batch
 from torchlinop.distributed import torch_private
-from torchlinop.distributed.agreement import agreed, process_group
+from torchlinop.distributed.agreement import agreed
 from torchlinop.distributed.rank_data import DataRanks, DataSource, rank_data
 from torchlinop.distributed.sharded_layout import ShardedLayout
 from torchlinop.distributed.sharded_model import ShardedModel
-from torchlinop.distributed.sharded_objective import ShardedObjective
+from torchlinop.distributed.sharded_objective import ShardedObjective, together
 from torchlinop.errors import OptionError, ShardingError
 from torchlinop.model_state import Mode, unwrap
 from torchlinop.objective import LossFn, scalar
@@ -51,8 +51,8 @@ def sharding_of(module: nn.Module) -> Sharding:
     plain = [n for n, p in parameters.items() if n not in sharded and p.requires_grad]
     if plain:
         raise ShardingError(
-            f"parameter {plain[0]!r} and {len(plain) - 1} others are in no module that fully_shard "
-            "was called on, so that nobody adds up their gradients; call fully_shard(model) too"
+            "no module that fully_shard was called on has these parameters, so that nobody adds up "
+            f"their gradients: {', '.join(plain)}; call fully_shard(model) too"
         )
     torch_private.refuse_changed_torch(module)
     dimensions = torch_private.data_mesh(module).ndim
@@ -104,7 +104,7 @@ def sharded_objective(
     batch_mean: bool,
     pin_data: bool,
     seed: int,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     data_group: dist.ProcessGroup | None,
     of_samples: bool = False,
 ) -> ShardedObjective:
@@ -113,9 +113,8 @@ def sharded_objective(
     All ranks of the group call this, with the same options.
 
     Raises:
-        ShardingError, ProcessGroupError, ParameterError, OptionError, DataError, on all ranks.
+        ShardingError, ParameterError, OptionError, DataError, on all ranks.
     """
-    group = process_group(group)
     with torch.inference_mode(False):
         with agreed(group):
             module = unwrap(model)
@@ -130,7 +129,7 @@ def sharded_objective(
         def evaluate(batch: Batch) -> Tensor:
             # In eval mode always: dropout would hide how the loss is reduced.
             with borrowed.borrowed(mode="eval"), torch.no_grad():
-                return scalar(function(borrowed.place(0), batch))
+                return together(lambda: scalar(function(borrowed.place(0), batch)), space, group)
 
         def weighting_of(batches: Sequence[Batch]) -> Weighting:
             return find_weighting(batches, evaluate, of_samples=of_samples)

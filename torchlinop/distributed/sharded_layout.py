@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchlinop.distributed.agreement import agreed, gathered
 from torchlinop.distributed.piece import Piece
 from torchlinop.distributed.placements import piece_of
 from torchlinop.distributed.sharded_space import ShardedSpace
@@ -52,7 +52,7 @@ class ShardedLayout:
         param_filter: ParamFilter | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> ShardedLayout:
-        """Select as ``ParameterLayout.of`` does; one all-gather of what every rank holds.
+        """Select as ``ParameterLayout.of`` does; two exchanges of short messages.
 
         Plain tensors are taken as held, equal, by all ranks.
 
@@ -61,11 +61,11 @@ class ShardedLayout:
             ParameterError: a parameter is complex or has no data, is sharded in a way that is not
                 known here, or its shards on the ranks of the group do not make up a whole.
         """
-        layout = ParameterLayout.of(model, param_filter, sharded=True)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        pieces = [piece_of(s.name, parameters[s.name].data, s.offset) for s in layout.slots]
-        everywhere: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everywhere, pieces, group)
+        with agreed(group):
+            layout = ParameterLayout.of(model, param_filter, sharded=True)
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            pieces = [piece_of(s.name, parameters[s.name].data, s.offset) for s in layout.slots]
+        everywhere = gathered(pieces, group)
         _refuse_incomplete(layout, everywhere)
         before = {piece for theirs in everywhere[: dist.get_rank(group)] for piece in theirs}
         mine = zip(layout.slots, pieces, strict=True)

@@ -24,14 +24,40 @@ Outputs = Callable[[nn.Module, Any], Tensor]
 Round = tuple[int, Batch, float]  # number of a batch, the batch, its share of the mean
 
 
+def together(
+    function: Callable[[], Result], space: ShardedSpace, group: dist.ProcessGroup
+) -> Result:
+    """What the function gives; what it raises on one rank, all raise, before they go on.
+
+    Costs an all-reduce of one number. Errors between the collectives of a forward or backward
+    pass leave the other ranks waiting, until their process group times out.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    if space.agree(error is not None):
+        raise_together(error, group)
+    return result
+
+
 @dataclass(frozen=True)
 class Rounds:
     """The rounds of a pass over the data, with a bar; a new pass every time."""
 
-    data: RankData
+    objective: ShardedObjective
 
     def __iter__(self) -> Iterator[Round]:
-        return iter(batches_shown(iter(self.data), self.data.rounds))
+        data = self.objective.data
+        rounds = iter(data) if data.pinned else self._read_together()
+        return iter(batches_shown(rounds, data.rounds))
+
+    def _read_together(self) -> Iterator[Round]:
+        """A loader that fails on one rank ends all: one small all-reduce a round."""
+        rounds = iter(self.objective.data)
+        for _ in range(self.objective.data.rounds):
+            yield self.objective.together(lambda: next(rounds))
 
 
 @dataclass(frozen=True)
@@ -63,27 +89,16 @@ class ShardedObjective:
 
     def rounds(self) -> Iterable[Round]:
         """The batches of this rank and their shares; as many rounds on every rank."""
-        return Rounds(self.data)
+        return Rounds(self)
 
     def first_round(self) -> list[Round]:
         """One batch of every rank, the mean over ranks."""
-        b, batch, _ = next(iter(self.data))
+        b, batch, _ = self.together(lambda: next(iter(self.data)))
         return [(b, batch, 1 / self.ranks.size)]
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """What the function gives; what it raises on one rank, all raise, before they go on.
-
-        Costs an all-reduce of one number. Errors between the collectives of a forward pass leave
-        the other ranks waiting, until their process group times out.
-        """
-        error: Exception | None = None
-        try:
-            result = function()
-        except Exception as raised:
-            error = raised
-        if self.space.agree(error is not None):
-            raise_together(error, self.group)
-        return result
+        """What the function gives; what it raises on one rank, all raise: see ``together``."""
+        return together(function, self.space, self.group)
 
     def value(self, b: int, batch: Batch) -> Tensor:
         """L_b, a scalar, on all ranks or on none."""

@@ -13,7 +13,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from torchlinop.derivatives import without_deprecations
-from torchlinop.distributed.torch_private import GatheredParameter, Group, forward_rules, groups
+from torchlinop.distributed.torch_private import (
+    GatheredParameter,
+    Group,
+    forward_rules,
+    groups,
+    is_zero,
+    refilled,
+)
 
 # A sharded parameter -> the shard of the direction that belongs to it; None if it is fixed.
 Direction = Callable[[nn.Parameter], Tensor | None]
@@ -94,7 +101,7 @@ class _Tangents:
             storage = whole.untyped_storage()
             storage.resize_(whole.numel() * whole.element_size())
             # Autograd has saved these tangents: refilling their memory changes no value.
-            with torch.autograd._unsafe_preserve_version_counter(whole):  # type: ignore[attr-defined]
+            with refilled(whole):
                 whole.copy_(torch.cat(shards, dim).narrow(dim, 0, whole.shape[dim]))
 
 
@@ -126,6 +133,6 @@ def _tangent(gradient: Tensor) -> Tensor:
     primal: Tensor
     tangent: Tensor | None
     primal, tangent = forward_ad.unpack_dual(gradient)
-    if tangent is None or tangent._is_zerotensor():
+    if tangent is None or is_zero(tangent):
         return torch.zeros_like(primal)
     return tangent

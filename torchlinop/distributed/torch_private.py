@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,6 +319,18 @@ def forward_rules() -> Iterator[None]:
 
     with _methods([(_fsdp_param_group.RegisterPostBackwardFunction, "jvp", jvp)]):
         yield
+
+
+def refilled(saved: Tensor) -> AbstractContextManager[None]:
+    """Inside, a tensor that autograd has saved may be written to: with the values that it had."""
+    held: AbstractContextManager[None]
+    held = torch.autograd._unsafe_preserve_version_counter(saved)  # type: ignore[attr-defined]
+    return held
+
+
+def is_zero(tangent: Tensor) -> bool:
+    """Whether it is a zero without memory, which cannot be written to."""
+    return bool(tangent._is_zerotensor())
 
 
 @contextmanager

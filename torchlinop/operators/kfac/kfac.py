@@ -134,7 +134,7 @@ class KFACOperator(KroneckerOperator):
         plan = Plan(separate_weight_and_bias, approximation == "reduce", with_gradients)
         made = parts_of(objective, found, unsupported, plan)
         super().__init__(
-            objective.space,
+            objective.ranks.space(objective.space, sums=False),
             self._blocks(objective, found.layers, made, vectors),
             layout=objective.layout,
             description=[*objective.description, f"{fisher_type}, {approximation}"],
