@@ -184,9 +184,7 @@ def test_a_distributed_tensor_is_refused(monkeypatch):
     model = nn.Linear(2, 2)
     DTensor = type("DTensor", (torch.Tensor,), {})
     monkeypatch.setattr(nn.Parameter, "data", property(lambda p: DTensor(2)))
-    with pytest.raises(
-        ParameterError, match=r"is sharded .DTensor.; .*FSDPHessianOperator"
-    ):
+    with pytest.raises(ParameterError, match=r"is sharded .DTensor.; .*FSDPHessianOperator"):
         HessianOperator(model, [torch.ones(1, 2)], lambda m, x: m(x).sum())
 
 
