@@ -12,6 +12,7 @@ from processes import on_ranks
 from test_fully_sharded import MATRICES, pytestmark, relative, same, sharded, states  # noqa: F401
 from test_tensor_parallel import errors as tensor_parallel_errors
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from torchlinop import HessianOperator
 from torchlinop.distributed.fully_sharded import FSDPHessianOperator
@@ -77,6 +78,23 @@ def test_differences_are_within_the_error_they_report():
             estimate = found.pop(f"{name} estimate")
             assert found.pop(name) <= estimate <= 1e-7, name
         assert set(found.values()) == {True}, found
+
+
+def at_zero() -> tuple[float, float]:
+    plain = gallery.mlp()
+    model = nn.Sequential(nn.Flatten(), copy.deepcopy(plain.model[0]))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    reference = HessianOperator(copy.deepcopy(model), plain.batches, plain.loss_fn)
+    model = fully_shard(model)
+    A = FSDPHessianOperator(model, plain.batches, plain.loss_fn, method="finite_difference")
+    V = reference.space.random(2, seed=3)
+    return relative(A @ V, reference @ V), A.error_estimate
+
+
+def test_differences_around_zero_have_a_step_too():
+    [(error, estimate)] = on_ranks(1, at_zero)
+    assert error <= estimate <= 1e-6
 
 
 def test_parameters_that_are_sharded_twice_are_differentiated_by_differences():

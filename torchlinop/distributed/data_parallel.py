@@ -160,8 +160,8 @@ def data_parallel(what: Any, process_group: dist.ProcessGroup | None = None) -> 
         process_group: of the ranks; all processes unless given.
 
     A product costs one all-reduce of n numbers (n k for a block of k columns) and 34 more, whatever
-    the number of batches; an objective's value, or gradient, another. K-FAC costs three sums of
-    its factors when it is built, and nothing later.
+    the number of batches; an objective's value, or gradient, another. K-FAC sums
+    each of its factors when it is built, and nothing later.
 
     Raises (on all ranks alike, whatever rank is at fault):
         ProcessGroupError: there is no process group; the ranks have different models or parameters.

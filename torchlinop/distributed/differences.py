@@ -130,7 +130,8 @@ class CentralDifferences:
         scaled = v / largest
         length = space.norm(scaled)
         unit = scaled / length.to(v.dtype)
-        step = (self.step * space.norm(model.theta)).to(v.dtype)
+        size = space.norm(model.theta)
+        step = (self.step * torch.where(size > 0, size, 1.0)).to(v.dtype)
         plus = model.write(model.theta + step * unit)
         difference = f()
         minus = model.write(model.theta - step * unit)
