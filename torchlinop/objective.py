@@ -43,7 +43,7 @@ class Objective:
         everything = len(layout.slots) + len(layout.frozen) + len(layout.filtered)
         mean = "mean" if data.weighting.mean else "sum"
         samples, batches = data.whole.samples, data.whole.batches
-        size = f"{samples:,} samples in " if samples else ""
+        size = f"{samples:,} sample{'s' * (samples != 1)} in " if samples else ""
         plural = "batch" if batches == 1 else "batches"
         return [
             f"{type(self.model.module).__name__}, {len(layout.slots)} of {everything} tensors",

@@ -44,6 +44,20 @@ def test_a_table_a_page_and_numbers(module, tmp_path, capsys):
     assert json.loads(numbers.read_text())["rows"][0]["converged"] == 3
 
 
+def test_ctrl_c_prints_the_rows_there_are_and_ends_with_code_1(tmp_path, capsys):
+    path = tmp_path / "interrupted.py"
+    solver = """
+@eigensolver("of one who loses patience")
+def impatient(A, request):
+    raise KeyboardInterrupt
+"""
+    path.write_text(SOURCE + solver)
+    asked = ["torchlinop lanczos", "of one who loses patience"]
+    given = [word for name in asked for word in ("--solver", name)]
+    assert main(["compare", f"{path}:build", "-k", "3", "--seeds", "1", *given]) == 1
+    assert "interrupted: these are the rows that there were" in capsys.readouterr().out
+
+
 def test_all_numbers_are_printed_as_one_json_object(module, capsys):
     assert main(["compare", f"{module}:two", *QUICK, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 2

@@ -83,7 +83,7 @@ WORKS = {
                   data=OF_TOKENS),
         "symmetric",
     ),
-    "one batch": (situation("data = data[0]"), "1 batches of 9 samples"),
+    "one batch": (situation("data = data[0]"), "1 batch of 9 samples"),
     "named parts": (
         situation("data = [{'inputs': x, 'labels': y} for x, y in data]"), "in 2 batches",
     ),

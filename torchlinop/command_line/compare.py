@@ -36,7 +36,7 @@ def add(subparsers: Subparsers) -> None:
         "--solver", action="append", help='a name or pattern, as "scipy*"; again for more (all)'
     )
     group.add_argument("--truth", choices=["dense"], help="compute all eigenvalues, for errors")
-    group.add_argument("--no-histories", action="store_true", help="fewer runs, and no curves")
+    group.add_argument("--no-histories", action="store_true", help="no curves in --html and --out")
     output = parser.add_argument_group("output")
     output.add_argument("--html", type=Path, help="write a page with pictures")
     output.add_argument("--out", metavar="FILE.json", type=Path, help="write all numbers")
@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
         seconds=options.seconds,
         seeds=options.seeds,
         truth=options.truth,
-        histories=not options.no_histories,
+        histories=bool(options.html or options.out) and not options.no_histories,
         progress=True,
     )
     if options.json:
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         found.save(options.out)
     if options.html:
         note(f"page: {found.to_html(options.html)}")
-    return 0
+    return int(found.interrupted)
 
 
 def _problems(made: Any, options: argparse.Namespace) -> Any:

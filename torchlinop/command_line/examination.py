@@ -90,7 +90,7 @@ def _number(tensor: Tensor) -> Tensor:
 
 def _sizes(sizes: list[int]) -> str:
     if len({*sizes}) == 1:
-        return f"{len(sizes)} batches of {sizes[0]} samples"
+        return f"{len(sizes)} batch{'es' if len(sizes) > 1 else ''} of {sizes[0]} samples"
     shown = [*map(str, sizes)] if len(sizes) < 6 else [*map(str, sizes[:4]), f"... {sizes[-1]}"]
     return f"{len(sizes)} uneven batches of {', '.join(shown)} samples, weighted by loss terms"
 

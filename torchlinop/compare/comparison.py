@@ -20,6 +20,7 @@ from torchlinop.compare.rows import Row, cells_of, columns_of
 from torchlinop.compare.text_table import text_table
 
 _FORMAT = 1
+INTERRUPTED = "interrupted: these are the rows that there were"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Comparison:
     target: float = math.nan  # of the measure, if one was asked for
     notes: tuple[str, ...] = ()  # how it was measured, a sentence each
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it before all solvers had run."""
+        return INTERRUPTED in self.warnings
 
     @property
     def problems(self) -> tuple[str, ...]:

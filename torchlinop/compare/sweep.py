@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import torchlinop
-from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.comparison import INTERRUPTED, Comparison, History
 from torchlinop.compare.registry import Candidate, Registry, Wanted
 from torchlinop.compare.rows import Row
 from torchlinop.compare.subject import Subject
@@ -109,7 +109,7 @@ def sweep(
         except KeyboardInterrupt:
             if not done.rows:
                 raise
-            done.warnings.append("interrupted: these are the rows that there were")
+            done.warnings.append(INTERRUPTED)
     if not done.rows:
         reasons = "; ".join(f"{name}: {why}" for name, why in done.left_out.items())
         raise OptionError(f"no {registry.kind} is left to compare ({reasons}); choose others")
