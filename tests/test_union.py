@@ -43,7 +43,7 @@ class ThreadRanks:
     def gathered(self, mine):
         return self.meeting.gathered(self.number, mine)
 
-    def space(self, space):
+    def space(self, space, *, sums):
         return space
 
     def sum(self, compute, given):

@@ -295,6 +295,7 @@ class Interrupting(KFACOperator):
 
 
 def interrupted_on_one_rank():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     p = mlp()
 
     def loss_fn(model, batch):
