@@ -6,6 +6,7 @@ import uuid
 import pytest
 
 from torchlinop.command_line import main
+from torchlinop.compare import eigensolver
 
 SOURCE = """
 import torch
@@ -54,7 +55,10 @@ def impatient(A, request):
     path.write_text(SOURCE + solver)
     asked = ["torchlinop lanczos", "of one who loses patience"]
     given = [word for name in asked for word in ("--solver", name)]
-    assert main(["compare", f"{path}:build", "-k", "3", "--seeds", "1", *given]) == 1
+    try:
+        assert main(["compare", f"{path}:build", "-k", "3", "--seeds", "1", *given]) == 1
+    finally:
+        eigensolver.remove("of one who loses patience")
     assert "interrupted: these are the rows that there were" in capsys.readouterr().out
 
 
