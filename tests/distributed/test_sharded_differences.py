@@ -100,6 +100,6 @@ def test_differences_around_zero_have_a_step_too():
 def test_parameters_that_are_sharded_twice_are_differentiated_by_differences():
     """FSDP2 of tensor-parallel parameters, for which torch has no exact way."""
     for found in on_ranks(4, tensor_parallel_errors, ["even"], ["hessian", "ggn"], 2, fully=True):
-        for error, method in found.values():
-            assert error <= 1e-8
+        for error, estimate, method in found.values():
+            assert error <= estimate <= 1e-8
             assert method.startswith("finite_difference, relative step")
