@@ -1,10 +1,10 @@
 """Curvature matrices of neural networks as linear operators for every numerical library."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from torchlinop.adapters.cupy import as_cupy_operator
 from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
-from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
 from torchlinop.algorithms.block_coupling import BlockCoupling, block_coupling
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.diagonal import diagonal
@@ -52,6 +52,9 @@ from torchlinop.spectrum import (
     create_operator,
     lanczos_algorithm,
 )
+
+if TYPE_CHECKING:
+    from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
 
 __all__ = [
     "BlockCoupling",
@@ -124,3 +127,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 logging.getLogger("torchlinop").addHandler(logging.NullHandler())  # silent unless asked
+
+_WITH_SCIPY = ("as_linear_operator", "from_linear_operator")
+
+
+def __getattr__(name: str) -> object:
+    """What needs scipy.sparse.linalg, which takes longer to import than all the rest."""
+    if name not in _WITH_SCIPY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torchlinop.adapters import scipy
+
+    globals().update({each: getattr(scipy, each) for each in _WITH_SCIPY})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WITH_SCIPY})

@@ -44,8 +44,9 @@ def test_eigenvalues_are_found_by_eigsh_and_by_lanczos(run):
     assert "site-packages" in run(script)
 
 
-def test_importing_the_package_imports_nothing_optional(run):
-    heavy = [*OPTIONAL, "torch.distributed.fsdp", "scipy.stats", "torch._inductor"]
+def test_importing_the_package_imports_nothing_optional_and_no_slow_part_of_scipy(run):
+    scipy = ["scipy.sparse.linalg", "scipy.special", "scipy.stats"]
+    heavy = [*OPTIONAL, *scipy, "torch.distributed.fsdp", "torch._inductor"]
     script = f"import torch; before = set(sys.modules); import torchlinop\nfound = {heavy!r}\n"
     script += "print([name for name in found if name in set(sys.modules) - before])"
     assert run(f"import sys; {script}").strip() == "[]"
@@ -92,3 +93,14 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(call, message, 
 def test_every_name_asked_for_above_is_one_of_an_optional_package():
     assert not {*OPTIONAL} & {"torch", "scipy", "numpy", "tqdm", *sys.builtin_module_names}
     assert all(re.fullmatch("[a-z0-9_]+", name) for name in OPTIONAL)
+
+
+def test_names_that_come_with_scipy_are_there_as_all_others():
+    import torchlinop
+    from torchlinop.adapters import scipy
+
+    assert torchlinop.as_linear_operator is scipy.as_linear_operator
+    assert torchlinop.from_linear_operator is scipy.from_linear_operator
+    assert set(torchlinop.__all__) <= set(dir(torchlinop))
+    with pytest.raises(AttributeError, match="'torchlinop' has no attribute 'as_linear'"):
+        torchlinop.as_linear  # noqa: B018

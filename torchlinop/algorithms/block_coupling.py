@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import multiply, run_of_products
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.student import student_quantile
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.blocks import BlockDiagonalOperator, columns_that_fit
@@ -62,7 +62,7 @@ class BlockCoupling(Result):
         """
         # The root of the defect is a mean over the probes, and its standard error half as large
         # in comparison: a Student t of num_probes - 1 degrees of freedom.
-        limit = float(stdtrit(self.num_probes - 1, 1 - _CHANCE / (2 * len(self.names))))
+        limit = student_quantile(self.num_probes - 1, 1 - _CHANCE / (2 * len(self.names)))
         beyond = (2 * self.defect > limit * self.defect_stderr).tolist()
         return tuple(name for name, many in zip(self.names, beyond, strict=True) if many)
 

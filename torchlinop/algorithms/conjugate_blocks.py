@@ -47,7 +47,7 @@ class Blocks:
 
     def rayleigh_ritz(self, which: Which) -> Ritz:
         """X ← the best Ritz vectors; P ← the part of them that is not in the X before."""
-        small = self._projected(which)
+        small = self._projected(which, self.size)
         before, self.b = self.b, min(self.most, len(small.values))
         Z = torch.cat([small.Y[:, : self.b], _conjugate(small, before, self.b)], 1)
         self.S.rotate(Z)
@@ -55,20 +55,26 @@ class Blocks:
         self.size = Z.shape[1]
         return self.projector.ritz(small, self._residuals(small.values[: self.b]))
 
-    def _projected(self, which: Which) -> RayleighRitz:
+    def _projected(self, which: Which, columns: int) -> RayleighRitz:
         try:
-            return self.projector(*self._leading(self.size), which)
+            return self.projector(*self._leading(columns), which)
         except NonFiniteError as error:
             if self.M is None:
                 raise
             raise NonFiniteError(f"{error}; or those of the preconditioner, {self.M!r}") from None
 
-    def refresh(self, ritz: Ritz, k: int) -> Ritz:
-        """Take the products of the first k Ritz vectors instead of combining those of S."""
+    def refresh(self, ritz: Ritz, k: int, which: Which) -> Ritz:
+        """Take the products of the first k Ritz vectors instead of combining those of S.
+
+        And the Ritz values of their span, as those of S have the rounding of all combinations.
+        """
         self.AS.put(0, self.products.columns(self.S.columns(0, k)))
-        return dataclasses.replace(
-            ritz, residuals=self.projector.claimed(self._residuals(ritz.values))
-        )
+        small = self._projected(which, k)
+        for basis in (self.S, self.AS):
+            basis.rotate(small.Y)
+        values = torch.cat([small.values, ritz.values[k:]])
+        residuals = self.projector.claimed(self._residuals(values))
+        return dataclasses.replace(ritz, values=values, residuals=residuals)
 
     def _residuals(self, values: Tensor) -> Tensor:
         """The norms (b,) of R, which is made anew."""

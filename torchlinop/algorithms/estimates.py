@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from scipy.special import stdtrit
 from torch import Tensor
 
 from torchlinop.algorithms.atoms import standard_error
+from torchlinop.algorithms.student import student_quantile
 from torchlinop.errors import OptionError
 
 
@@ -41,4 +41,4 @@ def refuse_probability(name: str, p: float, example: float) -> None:
 def quantile(samples: int, level: float) -> float:
     """Of Student's t, for a two-sided interval; infinite for a single sample."""
     refuse_probability("level", level, 0.95)
-    return float(stdtrit(samples - 1, (1 + level) / 2)) if samples > 1 else math.inf
+    return student_quantile(samples - 1, (1 + level) / 2) if samples > 1 else math.inf

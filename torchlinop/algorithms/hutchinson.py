@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from torchlinop.algorithms.probes import Probes, forms, on_host
 from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.student import student_quantile
 from torchlinop.errors import OptionError
 from torchlinop.space import Distribution
 
@@ -44,7 +44,7 @@ def student_interval(
     if not 0 < level < 1:
         raise OptionError(f"expected level between 0 and 1, got {level}; 0.95 is usual")
     certain = stderr == 0 or math.isinf(stderr)
-    wide = stderr if certain else float(stdtrit(samples - 1, (1 + level) / 2)) * stderr
+    wide = stderr if certain else student_quantile(samples - 1, (1 + level) / 2) * stderr
     return estimate - wide, estimate + wide
 
 

@@ -139,7 +139,7 @@ class Iteration:
             return ritz, "converged"
         self.refreshed += 1
         try:
-            ritz = self.blocks.refresh(ritz, self.target.k)
+            ritz = self.blocks.refresh(ritz, self.target.k, self.target.which)
         except KeyboardInterrupt:
             return ritz, "interrupted"
         before, self.claimed = self.claimed, self._worst(ritz)
