@@ -135,7 +135,7 @@ def __getattr__(name: str) -> object:
     """What needs scipy.sparse.linalg, which takes longer to import than all the rest."""
     if name not in _WITH_SCIPY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torchlinop.adapters import scipy
+    from torchlinop.adapters import scipy  # noqa: PLC0415
 
     globals().update({each: getattr(scipy, each) for each in _WITH_SCIPY})
     return globals()[name]

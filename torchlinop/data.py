@@ -139,10 +139,18 @@ class RereadData:
         return "random augmentation, or data that change between passes"
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]:
+        total = 0.0
         for part in self.everything():
             count = self.weighting.count(part)
+            total += count
             if count:
                 yield part, _share(self, count)
+        if not math.isclose(total, self.own.total, rel_tol=1e-9):
+            raise NonDeterministicDataError(
+                f"a pass over the data gave {total:.9g} {self.weighting.unit}, the first one "
+                f"{self.own.total:.9g}: every product would be one of another matrix. "
+                f"Cause: {self.why_passes_differ}. Pass pin_data=True or shuffle=False"
+            )
 
     def refuse_reordering(self) -> None:
         """Raise NonDeterministicDataError unless two passes give the same batches in one order."""

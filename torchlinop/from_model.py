@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
-from torchlinop.data import pinned_data, reread_data
+from torchlinop.data import WeightedData, pinned_data, reread_data
 from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
 from torchlinop.losses.recognition import loss_of_output
@@ -23,7 +23,8 @@ from torchlinop.parameters import ParameterLayout, ParamFilter
 from torchlinop.random_state import preserved_random_state, reseed
 from torchlinop.settings import checks_wanted
 from torchlinop.space import VectorSpace
-from torchlinop.weighting import BATCH_MEAN, Weighting, find_weighting
+from torchlinop.weighting import BATCH_MEAN, Weighting
+from torchlinop.weighting_trials import find_weighting
 
 log = logging.getLogger("torchlinop")
 
@@ -98,7 +99,7 @@ def objective_from_model(
         objective = Objective(loss_fn, borrowed, layout, theta, space, data)
         _log_decisions(model, objective)
         if not pin_data and checks_wanted():
-            _refuse_changing_data(objective)
+            refuse_changing_data(objective.loss, data, layout.precision, space.device)
         return objective
 
 
@@ -146,22 +147,24 @@ def output_objective(
     )
 
 
-def _refuse_changing_data(objective: Objective) -> None:
-    """Raise NonDeterministicDataError unless two passes, drawn differently, agree."""
-    with preserved_random_state(objective.space.device):
+def refuse_changing_data(
+    loss: Callable[[], Tensor], data: WeightedData, precision: torch.dtype, device: torch.device
+) -> None:
+    """Raise NonDeterministicDataError unless two passes, drawn differently, agree on the loss."""
+    with preserved_random_state(device):
         values = []
         for seed in (0, 1):
-            reseed(seed, objective.space.device)
-            values.append(float(objective.loss()))
+            reseed(seed, device)
+            values.append(float(loss()))
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(
             f"the loss over all data is {values[0]:.4g}; clean the data, or the parameters"
         )
-    tolerance = 1000 * torch.finfo(objective.layout.precision).eps * max(map(abs, values))
+    tolerance = 1000 * torch.finfo(precision).eps * max(map(abs, values))
     if not abs(values[0] - values[1]) <= tolerance:
         raise NonDeterministicDataError(
             f"two passes over the data gave different objectives "
-            f"({values[0]:.6g}, {values[1]:.6g}). Cause: {objective.data.why_passes_differ}. "
+            f"({values[0]:.6g}, {values[1]:.6g}). Cause: {data.why_passes_differ}. "
             f"Pass pin_data=True or shuffle=False"
         )
 

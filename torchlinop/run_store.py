@@ -13,6 +13,7 @@ from torchlinop.errors import OptionError
 from torchlinop.tensor_file import read, write
 
 Tensors = dict[str, Tensor]
+LATEST = "latest.json"  # by which a folder is known, and which names what was saved last in it
 
 
 class RunStore(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchlinop.errors import OptionError
 from torchlinop.random_column import Draw, RandomColumn, gaussian, rademacher
-from torchlinop.run_store import FileStore, RunStore
+from torchlinop.run_store import LATEST, FileStore, RunStore
 
 Distribution = Literal["gaussian", "rademacher", "sphere"]
 
@@ -84,10 +84,10 @@ class VectorSpace:
 
     def store(self, path: str | Path) -> RunStore:
         """Where a run keeps its state: a file; a folder, if one of several ranks is there."""
-        if not (Path(path) / "latest.json").exists():
+        if not (Path(path) / LATEST).exists():
             return FileStore(Path(path))
         # One process goes on from what several have done.
-        from torchlinop.distributed.checkpoint import whole_folder  # noqa: PLC0415
+        from torchlinop.run_folder import whole_folder  # noqa: PLC0415  # slow
 
         return whole_folder(Path(path), self)
 

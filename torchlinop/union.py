@@ -16,7 +16,8 @@ from torchlinop.errors import ProcessGroupError, WeightingError
 from torchlinop.fingerprint import fingerprint
 from torchlinop.objective import Objective, scalar
 from torchlinop.ranks import Ranks
-from torchlinop.weighting import Weighting, explaining, head, unknown_weights
+from torchlinop.weighting import Weighting
+from torchlinop.weighting_trials import explaining, head, unknown_weights
 
 AnyObjective = TypeVar("AnyObjective", bound=Objective)
 

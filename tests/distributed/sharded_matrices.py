@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchlinop.distributed.piece import Piece
 from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.operators.base import CurvatureOperator
+from torchlinop.piece import Piece
 from torchlinop.testing.gallery import with_spectrum
 
 N, REPLICATED = 60, 7

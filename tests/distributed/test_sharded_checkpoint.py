@@ -12,9 +12,8 @@ from processes import RankDiedError, RankFailedError, failures, on_ranks
 from sharded_matrices import ShardedMatrix, matrix, uneven
 from test_sharded_layout import fsdp, fsdp_of_tensor_parallel, hsdp
 
-from torchlinop import CountingOperator, MatrixOperator, lanczos, slq
+from torchlinop import CountingOperator, MatrixOperator, lanczos, run_folder, slq
 from torchlinop.distributed import ShardedLayout
-from torchlinop.distributed import checkpoint as folders
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -30,7 +29,7 @@ def run(op: CurvatureOperator, path=None, **options):
 def on_shards(path, killed_in=0, saved_each_step=False, **options) -> dict:
     """What the run finds, and the products that it took."""
     if saved_each_step:  # whatever the time it takes
-        folders._WORTH = 0.0
+        run_folder._WORTH = 0.0
     op = ShardedMatrix(matrix(), uneven())
     multiply = op._matmat
 

@@ -17,10 +17,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torchlinop import HessianOperator, MatrixOperator, as_linear_operator, lanczos
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.distributed import data_parallel
-from torchlinop.distributed.piece import Piece
 from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.distributed.split_vectors import over_replicas, split_over
 from torchlinop.errors import DivergenceError
+from torchlinop.piece import Piece
 from torchlinop.random_column import CHUNK, RandomColumn, gaussian
 from torchlinop.space import VectorSpace
 

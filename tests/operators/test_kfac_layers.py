@@ -7,7 +7,8 @@ from torch import nn
 
 from torchlinop.errors import KFACCoverageError
 from torchlinop.operators.kfac.features import Dense, OneHot
-from torchlinop.operators.kfac.layers import layer_of, patches
+from torchlinop.operators.kfac.patches import patches
+from torchlinop.operators.kfac.rules import layer_of
 from torchlinop.testing import dense_kfac, gallery
 
 CONVOLUTIONS = {

@@ -25,7 +25,7 @@ UNSAFE = {
 ALLOWED = {
     "union.py": {"pickle"},
     "distributed/drive.py": {"pickle"},
-    "distributed/checkpoint.py": {"torch.distributed.checkpoint"},
+    "run_folder.py": {"torch.distributed.checkpoint"},
 }
 
 

@@ -2,9 +2,10 @@
 
 import torchlinop.compare.solvers  # noqa: F401  # registers them
 from torchlinop.compare.answer import Answer
-from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.comparison import Comparison
 from torchlinop.compare.densities import DensityAnswer, compare_densities
 from torchlinop.compare.eigenpairs import compare
+from torchlinop.compare.history import History
 from torchlinop.compare.registry import (
     Candidate,
     density_estimator,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,13 @@ from typing import Any
 import torch
 
 from torchlinop.algorithms.result import optional
+from torchlinop.compare.history import History
 from torchlinop.compare.page import page
-from torchlinop.compare.registry import Candidate
 from torchlinop.compare.rows import Row, cells_of, columns_of
 from torchlinop.compare.text_table import text_table
 
 _FORMAT = 1
 INTERRUPTED = "interrupted: these are the rows that there were"
-
-
-@dataclass(frozen=True)
-class History:
-    """How near a solver comes for how much: one run for every point, of one seed."""
-
-    problem: str
-    solver: str
-    by: str  # "budget" of products, or "tolerance", for solvers that take no budget
-    products: tuple[int, ...]
-    seconds: tuple[float, ...]
-    values: tuple[float, ...]  # what ``Comparison.measure`` names
-
-    @classmethod
-    def of(
-        cls, problem: str, candidate: Candidate, points: Iterable[tuple[int, float, float]]
-    ) -> History:
-        """Points (products, seconds, value); of equal products the last, which was asked more."""
-        of_cost = {point[0]: point for point in points}
-        columns = tuple(zip(*(of_cost[cost] for cost in sorted(of_cost)), strict=True))
-        by = "budget" if candidate.budgeted else "tolerance"
-        return cls(problem, candidate.name, by, *(columns or ((), (), ())))
 
 
 @dataclass(frozen=True, repr=False)

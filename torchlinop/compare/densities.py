@@ -13,7 +13,8 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from torchlinop.algorithms.spectral_density import SpectralDensity
-from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.comparison import Comparison
+from torchlinop.compare.history import History
 from torchlinop.compare.registry import Candidate, Wanted, density_estimator
 from torchlinop.compare.request import DensityRequest
 from torchlinop.compare.rows import COSTS, Column, Row, points_of, small

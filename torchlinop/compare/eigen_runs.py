@@ -11,7 +11,7 @@ import numpy as np
 
 from torchlinop.compare.answer import answer_of
 from torchlinop.compare.attempt import seeded
-from torchlinop.compare.comparison import History
+from torchlinop.compare.history import History
 from torchlinop.compare.judge import Judged, judge
 from torchlinop.compare.memory import Usage, usage_of
 from torchlinop.compare.registry import Candidate

@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 import torch
 
-from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.comparison import Comparison
 from torchlinop.compare.eigen_rows import EigenRow
 from torchlinop.compare.eigen_runs import history, run, usage
+from torchlinop.compare.history import History
 from torchlinop.compare.registry import Candidate, Wanted, eigensolver
 from torchlinop.compare.request import End, Request
 from torchlinop.compare.subject import Subject, Truth, subjects_of

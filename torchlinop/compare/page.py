@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torchlinop.compare.charts import Series, Style, chart, styles, swatch
+from torchlinop.compare.history import History
 from torchlinop.compare.rows import Column, Row, columns_of
-
-if TYPE_CHECKING:
-    from torchlinop.compare.comparison import Comparison
 
 _COSTS = (("products", "products with the matrix"), ("seconds", "seconds"))
 
 
-def page(comparison: Comparison) -> str:
+class Findings(Protocol):
+    """Of a comparison, what a page shows: see the fields of ``Comparison``."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def problems(self) -> Sequence[str]: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def histories(self) -> Sequence[History]: ...
+    @property
+    def measure(self) -> str: ...
+    @property
+    def target(self) -> float: ...
+    @property
+    def facts(self) -> Mapping[str, str]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
+
+
+def page(comparison: Findings) -> str:
     """The whole page. All that is printed is escaped; there is a script of a few lines."""
     looks = styles(list(dict.fromkeys(row.solver for row in comparison.rows)))
     title = escape(f"Comparison {comparison.title}")
@@ -50,7 +73,7 @@ def page(comparison: Comparison) -> str:
 """
 
 
-def _section(comparison: Comparison, problem: str, looks: dict[str, Style]) -> str:
+def _section(comparison: Findings, problem: str, looks: dict[str, Style]) -> str:
     rows = [row for row in comparison.rows if row.problem == problem]
     pictures = "\n".join(
         f'<div class="pictures against-{cost}">{_histories(comparison, problem, looks, cost, name)}'
@@ -74,7 +97,7 @@ def _legend(rows: Sequence[Row], looks: dict[str, Style]) -> str:
 
 
 def _histories(
-    comparison: Comparison, problem: str, looks: dict[str, Style], cost: str, name: str
+    comparison: Findings, problem: str, looks: dict[str, Style], cost: str, name: str
 ) -> str:
     series = []
     for h in comparison.histories:
@@ -86,7 +109,7 @@ def _histories(
 
 
 def _scatter(
-    comparison: Comparison, rows: Sequence[Row], looks: dict[str, Style], cost: str, name: str
+    comparison: Findings, rows: Sequence[Row], looks: dict[str, Style], cost: str, name: str
 ) -> str:
     series = [
         Series(
@@ -100,7 +123,7 @@ def _scatter(
 
 
 def _figure(
-    comparison: Comparison, series: Sequence[Series], looks: dict[str, Style], name: str, text: str
+    comparison: Findings, series: Sequence[Series], looks: dict[str, Style], name: str, text: str
 ) -> str:
     picture = chart(series, looks, across=name, up=comparison.measure, target=comparison.target)
     return f"<figure>{picture}<figcaption>{escape(text)}.</figcaption></figure>"
@@ -140,7 +163,7 @@ def _kind(column: Column) -> str:
     return "solver" if column.header == "solver" else "number"
 
 
-def _legend_of_columns(comparison: Comparison) -> str:
+def _legend_of_columns(comparison: Findings) -> str:
     columns = [c for c in columns_of(comparison.rows) if c.meaning]
     meanings = "".join(f"<dt>{escape(c.header)}</dt><dd>{escape(c.meaning)}</dd>" for c in columns)
     notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.solve_result import SolveResult
-from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.comparison import Comparison
+from torchlinop.compare.history import History
 from torchlinop.compare.registry import Candidate, Wanted, linear_solver
 from torchlinop.compare.request import SolveRequest
 from torchlinop.compare.rows import COSTS, Column, Row, small

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 import torchlinop
-from torchlinop.compare.comparison import INTERRUPTED, Comparison, History
+from torchlinop.compare.comparison import INTERRUPTED, Comparison
+from torchlinop.compare.history import History
 from torchlinop.compare.registry import Candidate, Registry, Wanted
 from torchlinop.compare.rows import Row
 from torchlinop.compare.subject import Subject

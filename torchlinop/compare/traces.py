@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from torchlinop.algorithms.trace_result import TraceResult
-from torchlinop.compare.comparison import Comparison, History
+from torchlinop.compare.comparison import Comparison
+from torchlinop.compare.history import History
 from torchlinop.compare.registry import Candidate, Wanted, trace_estimator
 from torchlinop.compare.request import TraceRequest
 from torchlinop.compare.rows import COSTS, Column, Row, points_of, small

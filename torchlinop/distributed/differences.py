@@ -13,7 +13,8 @@ from torch import Tensor
 from torchlinop.batches import Batch
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.forward_over_reverse import Metric, pull
-from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.distributed.rank_data import Round
+from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
 from torchlinop.errors import OptionError
 
 log = logging.getLogger("torchlinop")

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchlinop.batches import Batch
-from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.distributed.rank_data import Round
+from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
 from torchlinop.distributed.tangents import tangents
 from torchlinop.losses.base import OutputMap
 

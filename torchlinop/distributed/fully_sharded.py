@@ -212,7 +212,7 @@ class FSDPEmpiricalFisherOperator(ShardedOperator):
     ) -> None:
         function = LossOfModel(forward_fn, loss_of_output(loss_of_output_fn))
         objective, rest = objective_of(model, dataloader, function, options, of_samples=True)
-        loss = function.loss.with_weighting(objective.data.weighting)
+        loss = function.loss.with_weighting(objective.data.batches.weighting)
 
         def metric(outputs: Tensor, batch: Batch) -> OutputMap:
             return loss.terms(outputs, batch).outer()

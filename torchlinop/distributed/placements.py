@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torchlinop.distributed.piece import Piece, Ranges
 from torchlinop.errors import ParameterError
+from torchlinop.piece import Piece, Ranges
 
 
 def piece_of(name: str, tensor: Tensor, offset: int) -> Piece:

@@ -10,22 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchlinop.batches import (
-    Batch,
-    count_samples,
-    detached_copy,
-    pin,
-    read,
-    refuse_one_shot,
-    split,
-    tensors,
-    to_device,
-)
+from torchlinop.batches import Batch, refuse_one_shot, tensors, to_device
+from torchlinop.data import NOTHING, RereadData, WeightedData, pinned_data, telling
 from torchlinop.distributed.agreement import agreed, gathered
-from torchlinop.errors import DataError, EmptyDataError, WeightingError
+from torchlinop.errors import DataError, EmptyDataError, NonDeterministicDataError, WeightingError
 from torchlinop.fingerprint import fingerprint
-from torchlinop.random_state import preserved_random_state
-from torchlinop.weighting import Weighting, weighed_alike
+from torchlinop.weighting import BATCH_MEAN, Weighting
 
 # Batches of every rank that the weighting is found on: the first, and others unlike the first.
 _FIRST, _ODD = 2, 2
@@ -59,34 +49,41 @@ class DataRanks:
         return local
 
 
+Round = tuple[int, Batch, float]  # number of a batch, the batch, its share of the mean
+
+
 @dataclass(frozen=True)
 class RankData:
-    """The batches of this rank that hold loss terms, and what the batches of all ranks come to."""
+    """The batches of this rank, among those of all ranks, which stand one rank after the other."""
 
-    parts: Callable[[], Iterator[Batch]]
-    weighting: Weighting
-    pinned: bool
-    total: float  # loss terms of all ranks
-    batches: int  # of all ranks
-    samples: int  # of all ranks; 0 if they cannot be counted
+    batches: WeightedData
     rounds: int  # batches of the rank that has most
 
-    def __iter__(self) -> Iterator[tuple[int, Batch, float]]:
+    def __iter__(self) -> Iterator[Round]:
         """Number, batch and share of the mean (or 1 for a sum), for every round.
 
         A rank that has run out repeats its last batch with share 0: collectives need all ranks.
+
+        Raises:
+            NonDeterministicDataError: a pass gives more batches, or fewer, than the first one did.
         """
-        parts, batch = self.parts(), None
-        for b in range(self.rounds):
+        parts, batch = iter(self.batches), None
+        first = self.batches.before.batches
+        last = first + self.batches.own.batches - 1
+        for b in range(first, first + self.rounds):
             following = next(parts, None)
             if following is None:
-                yield b, batch, 0.0
+                yield min(b, last), batch, 0.0
             else:
-                batch = following
-                yield b, batch, self._share(batch)
-
-    def _share(self, batch: Batch) -> float:
-        return self.weighting.count(batch) / self.total if self.weighting.mean else 1.0
+                batch, share = following
+                yield b, batch, share
+        # Ends the pass: only then are data that are read again known to be what they were.
+        if next(parts, None) is not None:
+            raise NonDeterministicDataError(
+                f"a pass over the data gave more than the {self.rounds} batches of the first one, "
+                f"in as many rounds as all ranks take. Cause: {self.batches.why_passes_differ}. "
+                "Pass pin_data=True or shuffle=False"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,14 @@ class DataSource:
     microbatch_size: int | None
     pin_data: bool
     device: torch.device
+
+    def unweighed(self) -> WeightedData:
+        """The batches of this rank, of which each counts as much as any other."""
+        how = (self.source, self.num_batches, self.microbatch_size, self.device)
+        if self.pin_data:
+            return pinned_data(*how, lambda parts: BATCH_MEAN)
+        refuse_one_shot(self.source)
+        return RereadData(*how)
 
 
 WeightingOf = Callable[[Sequence[Batch]], Weighting]
@@ -118,32 +123,23 @@ def rank_data(
         DataError: on all ranks, what is wrong with the data of one.
     """
     with agreed(group):
-        parts = _parts(given)
-        telling = _telling(parts())
-        facts = _Facts.of(ranks.place, known, telling)
+        batches = given.unweighed()
+        some = _some(batches)
+        facts = _Facts.of(ranks.place, known, some)
     _refuse_contradictions(gathered(facts, group))
     if known is None:
         assert weighting_of is not None
-        of_ranks = gathered(telling, group)
+        of_ranks = gathered(some, group)
         everywhere = [to_device(batch, given.device) for theirs in of_ranks for batch in theirs]
         with agreed(group):
             known = weighting_of(everywhere)
     with agreed(group):
-        counts = [(float(known.count(p)), count_samples(p) or 0) for p in parts()]
-        _refuse_empty(counts, known)
-    held = [(count, samples) for count, samples in counts if count]
-    own = [sum(c for c, _ in held), len(held), sum(s for _, s in held)]
-    sums = ranks.sum(torch.tensor(own, dtype=torch.float64, device=given.device)).tolist()
-    most = torch.tensor(len(held), device=given.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group)
-    weighting = known
-
-    def with_terms() -> Iterator[Batch]:
-        return (part for part in parts() if weighting.count(part))
-
-    return RankData(
-        with_terms, weighting, given.pin_data, sums[0], int(sums[1]), int(sums[2]), int(most)
-    )
+        batches = batches.weighed(known)
+    # Ranks in one place have the same data.
+    owns = dict(gathered((ranks.place, batches.own), group))
+    before = sum((own for place, own in owns.items() if place < ranks.place), NOTHING)
+    whole = sum(owns.values(), NOTHING)
+    return RankData(batches.among(before, whole), max(own.batches for own in owns.values()))
 
 
 @dataclass(frozen=True)
@@ -155,11 +151,9 @@ class _Facts:
     batches: tuple[int, ...]  # fingerprints of some
 
     @classmethod
-    def of(
-        cls, place: tuple[int, ...], known: Weighting | None, telling: Sequence[Batch]
-    ) -> _Facts:
+    def of(cls, place: tuple[int, ...], known: Weighting | None, some: Sequence[Batch]) -> _Facts:
         rule = ("measurement", True) if known is None else (known.unit, known.mean)
-        seen = [int(fingerprint(tensor.flatten())) for tensor in tensors(telling)]
+        seen = [int(fingerprint(tensor.flatten())) for tensor in tensors(list(some))]
         return cls(place, rule, tuple(seen))
 
 
@@ -183,51 +177,15 @@ def _refuse_contradictions(of_ranks: Sequence[_Facts]) -> None:
             )
 
 
-def _parts(given: DataSource) -> Callable[[], Iterator[Batch]]:
-    """A pass over the data of this rank, cut into microbatches."""
-    whole: Callable[[], Iterable[Batch]]
-    if given.pin_data:
-        pinned = pin(given.source, given.num_batches, given.device)
-
-        def whole() -> Iterable[Batch]:
-            return pinned
-    else:
-        refuse_one_shot(given.source)
-
-        def whole() -> Iterable[Batch]:
-            return read(given.source, given.num_batches, given.device)
-
-    def parts() -> Iterator[Batch]:
-        with preserved_random_state(given.device):
-            for batch in whole():
-                yield from split(batch, given.microbatch_size)
-
-    return parts
-
-
-def _telling(parts: Iterator[Batch]) -> list[Any]:
+def _some(batches: WeightedData) -> list[Any]:
     """The first batches, and some that rules weigh otherwise, in the memory of the host."""
-    first: list[Batch] = []
-    odd: list[Batch] = []
-    for part in parts:
-        if len(first) < _FIRST:
-            first.append(part)
-        elif len(odd) < _ODD and not weighed_alike(part, first[0]):
-            odd.append(part)
-    if not first:
+    found = telling(batches.everything(), _FIRST, _ODD)
+    if not found:
         raise EmptyDataError(
             "the data gave no batches; pass a list or a DataLoader, with at least one batch on "
             "every rank"
         )
-    return [to_device(detached_copy(part), _CPU) for part in (*first, *odd)]
+    return [to_device(batch, _CPU) for batch in found]
 
 
 _CPU = torch.device("cpu")
-
-
-def _refuse_empty(counts: list[tuple[float, int]], weighting: Weighting) -> None:
-    if not sum(count for count, _ in counts):
-        raise EmptyDataError(
-            f"the data hold no loss term: 0 {weighting.unit} in all batches; give every rank "
-            "batches with labels that are not all -100"
-        )

@@ -18,10 +18,13 @@ from torchlinop.distributed.sharded_layout import ShardedLayout
 from torchlinop.distributed.sharded_model import ShardedModel
 from torchlinop.distributed.sharded_objective import ShardedObjective, together
 from torchlinop.errors import OptionError, ShardingError
+from torchlinop.from_model import refuse_changing_data
 from torchlinop.model_state import Mode, unwrap
 from torchlinop.objective import LossFn, scalar
 from torchlinop.parameters import ParamFilter
-from torchlinop.weighting import BATCH_MEAN, Weighting, find_weighting
+from torchlinop.settings import checks_wanted
+from torchlinop.weighting import BATCH_MEAN, Weighting
+from torchlinop.weighting_trials import find_weighting
 
 # What a model is sharded by: FSDP2 or HSDP; FSDP2 of tensor-parallel parameters; these alone.
 Sharding = Literal["fsdp", "fsdp x tp", "tp"]
@@ -142,4 +145,10 @@ def sharded_objective(
         given = DataSource(dataloader, num_batches, microbatch_size, pin_data, space.device)
         data = rank_data(given, weighting_of, known, ranks, group)
         averages = sharding != "tp"
-        return ShardedObjective(function, borrowed, layout, space, data, ranks, group, averages)
+        objective = ShardedObjective(
+            function, borrowed, layout, space, data, ranks, group, averages
+        )
+        if not pin_data and space.agree(checks_wanted()):
+            precision = layout.layout.precision
+            refuse_changing_data(objective.loss, data.batches, precision, space.device)
+        return objective

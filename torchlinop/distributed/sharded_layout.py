@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchlinop.distributed.agreement import agreed, gathered
-from torchlinop.distributed.piece import Piece
 from torchlinop.distributed.placements import piece_of
 from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.errors import ParameterError, VectorError
 from torchlinop.parameters import ParameterLayout, ParamFilter, Slot
+from torchlinop.piece import Piece
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torchlinop.distributed import torch_private
 from torchlinop.distributed.differences import CentralDifferences
 from torchlinop.distributed.forward_over_reverse import DualNumbers, Metric
 from torchlinop.distributed.sharded_from_model import Sharding, sharding_of
-from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.distributed.rank_data import Round
+from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
 from torchlinop.distributed.sharded_options import MethodName, MethodOptions
 from torchlinop.distributed.tensor_parallel import DoubleBackward
 from torchlinop.errors import DoubleBackwardError, OptionError, ShardingError

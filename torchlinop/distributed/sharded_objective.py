@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.distributed.agreement import raise_together
-from torchlinop.distributed.rank_data import DataRanks, RankData
+from torchlinop.distributed.rank_data import DataRanks, RankData, Round
 from torchlinop.distributed.sharded_layout import ShardedLayout
 from torchlinop.distributed.sharded_model import ShardedModel
 from torchlinop.distributed.sharded_space import ShardedSpace
@@ -21,7 +21,6 @@ from torchlinop.progress import batches_shown
 
 Result = TypeVar("Result")
 Outputs = Callable[[nn.Module, Any], Tensor]
-Round = tuple[int, Batch, float]  # number of a batch, the batch, its share of the mean
 
 
 def together(
@@ -50,14 +49,14 @@ class Rounds:
 
     def __iter__(self) -> Iterator[Round]:
         data = self.objective.data
-        rounds = iter(data) if data.pinned else self._read_together()
+        rounds = iter(data) if data.batches.pinned else self._read_together()
         return iter(batches_shown(rounds, data.rounds))
 
     def _read_together(self) -> Iterator[Round]:
-        """A loader that fails on one rank ends all: one small all-reduce a round."""
+        """A loader that fails on one rank ends all: one small all-reduce a round, and one more."""
         rounds = iter(self.objective.data)
-        for _ in range(self.objective.data.rounds):
-            yield self.objective.together(lambda: next(rounds))
+        while (read := self.objective.together(lambda: next(rounds, None))) is not None:
+            yield read
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,13 @@ class ShardedObjective:
     @property
     def description(self) -> list[str]:
         """Facts for people: model and tensors, data and weights, ranks, mode."""
-        layout, data = self.layout.layout, self.data
+        layout, data = self.layout.layout, self.data.batches
         everything = len(layout.slots) + len(layout.frozen) + len(layout.filtered)
         mean = "mean" if data.weighting.mean else "sum"
-        size = f"{data.samples:,} samples in " if data.samples else ""
+        size = f"{data.whole.samples:,} samples in " if data.whole.samples else ""
         return [
             f"{type(self.model.module).__name__}, {len(layout.slots)} of {everything} tensors",
-            f"{size}{data.batches:,} batches on {self.ranks.size} ranks, "
+            f"{size}{data.whole.batches:,} batches on {self.ranks.size} ranks, "
             f"{mean} over {data.weighting.unit}",
             f"{self.model.mode} mode",
         ]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torchlinop.distributed.agreement import divergence
 from torchlinop.distributed.interruption import current, interrupted_together, with_flag
-from torchlinop.distributed.piece import Piece
 from torchlinop.errors import VectorError
 from torchlinop.fingerprint import fingerprint
+from torchlinop.piece import Piece
 from torchlinop.random_column import CHUNK, RandomColumn
 from torchlinop.run_store import RunStore
 from torchlinop.space import VectorSpace
@@ -123,7 +123,7 @@ class ShardedSpace(VectorSpace):
         return self._reduced(whole, dist.ReduceOp.SUM)
 
     def store(self, path: str | Path) -> RunStore:
-        from torchlinop.distributed.checkpoint import CheckpointFolder  # noqa: PLC0415  # slow
+        from torchlinop.run_folder import CheckpointFolder  # noqa: PLC0415  # slow
 
         return CheckpointFolder(Path(path), self, self.pieces, self.owned, self.group, alone=False)
 

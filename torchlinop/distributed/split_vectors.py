@@ -14,11 +14,11 @@ from torch import Tensor
 from torchlinop.distributed.agreement import process_group as checked_group
 from torchlinop.distributed.agreement import raise_together
 from torchlinop.distributed.data_parallel import GroupRanks
-from torchlinop.distributed.piece import Piece
 from torchlinop.distributed.sharded_space import ShardedSpace
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.of_objective import ObjectiveOperator
+from torchlinop.piece import Piece
 
 
 def split_over(

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torchlinop.batches import Batch
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.forward_over_reverse import Metric
-from torchlinop.distributed.sharded_objective import Outputs, Round, ShardedObjective
+from torchlinop.distributed.rank_data import Round
+from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
 
 
 class DoubleBackward:

@@ -17,10 +17,12 @@ from torchlinop.from_model import (
 )
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.model_state import unwrap
-from torchlinop.operators.kfac.coverage import Policy, refuse_unfit_modules, survey
+from torchlinop.operators.kfac.coverage import Policy
 from torchlinop.operators.kfac.factors import collect
 from torchlinop.operators.kfac.layers import Layer
 from torchlinop.operators.kfac.parts import Parts, Plan, parts_of
+from torchlinop.operators.kfac.rules import refuse_unfit_modules
+from torchlinop.operators.kfac.survey import survey
 from torchlinop.operators.kfac.vectors import (
     FisherType,
     HessianRoot,

@@ -6,17 +6,17 @@ S counts the positions of a sample at which the layer is applied: tokens, or pla
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinop.errors import KFACCoverageError
 from torchlinop.operators.kfac.features import Dense, Features, OneHot
+from torchlinop.operators.kfac.patches import patches
 
 
 @dataclass(frozen=True)
@@ -237,79 +237,6 @@ class ChannelScaleLayer(ScaleLayer):
 
     def fits(self, x: Tensor, y: Tensor, samples: int) -> bool:
         return x.shape == y.shape and y.shape[1:2] == self._weight.shape
-
-
-def layer_of(name: str, module: nn.Module) -> Layer | None:
-    """The module as a layer that K-FAC knows; None for all others."""
-    return next((layer(name, module) for fits, layer in _LAYERS if fits(module)), None)
-
-
-def why_no_rule(module: nn.Module, key: str) -> str:
-    """For a parameter of a module, by its name there, to which no rule applies."""
-    name = type(module).__name__
-    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
-        return f"{name} scales gradients by frequencies in the batch; build it without"
-    return f"no K-FAC rule for {name if layer_of('', module) is None else f'{key} of {name}'}"
-
-
-def _is(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    return lambda module: isinstance(module, classes)
-
-
-def _named(*endings: str) -> Callable[[nn.Module], bool]:
-    """Classes of other libraries, which need not be installed, are known by their names."""
-    return lambda module: type(module).__name__.endswith(endings)
-
-
-def _is_linear_lookup(module: nn.Module) -> bool:
-    """Whether the output depends on the weight alone, not on which rows are looked up together."""
-    plain = isinstance(module, nn.Embedding) and module.max_norm is None
-    return plain and not module.scale_grad_by_freq
-
-
-_Norms = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
-_LAYERS: tuple[tuple[Callable[[nn.Module], bool], Callable[[str, nn.Module], Layer]], ...] = (
-    (_is(nn.Linear), LinearLayer),
-    (_is(nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionLayer),
-    (_is_linear_lookup, LookupLayer),
-    (_is(*_Norms), ChannelScaleLayer),
-    (_is(nn.LayerNorm, nn.RMSNorm), ScaleLayer),
-    (_named("RMSNorm", "LayerNorm"), ScaleLayer),
-    (_named("Conv1D"), TransposedLinearLayer),
-)
-
-
-def patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """What a convolution multiplies with its weight: (R, positions, groups, d_in) for (R, C, ...).
-
-    d_in runs over the channels of a group and the places of the kernel, as the weight does.
-    """
-    axes = len(module.kernel_size)
-    x = _padded(module, x)
-    for i, (kernel, step, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    ):
-        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, step)[..., ::dilation]
-    places, kernel_axes = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
-    x = x.permute(0, *places, 1, *kernel_axes)  # (R, *places, C, *kernel)
-    rows: Tensor = x.flatten(1, axes).unflatten(2, (module.groups, -1)).flatten(3)
-    return rows
-
-
-def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    if module.padding == "valid":
-        return x
-    widths: list[int] = []
-    for i in reversed(range(len(module.kernel_size))):  # F.pad begins with the last axis
-        if module.padding == "same":
-            total = module.dilation[i] * (module.kernel_size[i] - 1)
-            widths += [total // 2, total - total // 2]
-        else:
-            widths += [int(module.padding[i])] * 2
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded: Tensor = F.pad(x, widths, mode)
-    return padded
 
 
 def _counted(a: Tensor, padding: Tensor | None) -> Tensor:

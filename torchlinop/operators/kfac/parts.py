@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.from_model import OutputObjective
-from torchlinop.operators.kfac.coverage import Policy, Survey, Uses
+from torchlinop.operators.kfac.coverage import Policy
 from torchlinop.operators.kfac.factors import (
     Constant,
     DensePart,
@@ -20,7 +20,8 @@ from torchlinop.operators.kfac.factors import (
     Part,
 )
 from torchlinop.operators.kfac.layers import KroneckerLayer, Layer, ScaleLayer
-from torchlinop.operators.kfac.uses import KroneckerUse, joint_use, use_of
+from torchlinop.operators.kfac.survey import Survey
+from torchlinop.operators.kfac.uses import KroneckerUse, Uses, joint_use, use_of
 from torchlinop.operators.kronecker import diagonal_block
 from torchlinop.parameters import ParameterLayout, Slot
 

@@ -15,6 +15,7 @@ from torchlinop.operators.kfac.layers import KroneckerLayer, Layer, ScaleLayer
 from torchlinop.operators.kfac.tape import Tape
 
 Gradients = Mapping[str, Tensor]  # (k, N, S, d_out) at the outputs of layers, by their names
+Uses = Mapping[str, Sequence[tuple[Layer, str]]]  # of a slot: layers, and "weight" or "bias"
 Basis = Tensor | None  # eigenvectors as columns, or the unit vectors
 
 _ENTRIES_AT_ONCE = 2**24  # of gradients of single samples
@@ -161,3 +162,8 @@ def summed_over_uses(
         size = max(1, _ENTRIES_AT_ONCE // (k * entries))
         for start in range(0, tape.samples, size):
             yield torch.stack([of(slice(start, start + size)) for of in functions]).sum(0)
+
+
+def layers_of(uses: Uses) -> tuple[Layer, ...]:
+    """Each once."""
+    return tuple({layer.name: layer for u in uses.values() for layer, _ in u}.values())

@@ -8,9 +8,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from torchlinop.distributed.piece import Piece, in_common, placed
 from torchlinop.errors import OptionError
-from torchlinop.space import VectorSpace
+from torchlinop.piece import Piece, in_common, placed
+from torchlinop.run_store import LATEST
 from torchlinop.tensor_file import dtype_named, intact, name_of
 
+T = TypeVar("T")
+
 _FORMAT = 1
-_LATEST = "latest.json"
+_FAILURES = (OSError, ValueError, TypeError, LookupError, CheckpointException)
+_ANOTHER = "pass another path, or delete the folder"
 _WORTH = 2.0  # times what the last save took is what the next one may lose
+
+
+class Vectors(Protocol):
+    """Of a space, what a folder asks of it."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def local_size(self) -> int: ...
+    def agree(self, flag: bool) -> bool: ...
 
 
 class CheckpointFolder:
@@ -42,7 +55,7 @@ class CheckpointFolder:
     def __init__(
         self,
         path: Path,
-        space: VectorSpace,
+        space: Vectors,
         pieces: tuple[Piece, ...],
         owned: int,
         group: dist.ProcessGroup | None,
@@ -62,19 +75,19 @@ class CheckpointFolder:
         Raises:
             OptionError: it is a file, or a folder of something else; its parent does not exist.
         """
-        wrong = not self.path.parent.is_dir() or (self.path.exists() and not self._is_ours())
-        if self.space.agree(wrong):
-            raise OptionError(
-                "expected checkpoint to be a folder of such a run, or of none yet, in a directory "
-                f"that exists, got {self.path}; vectors on several ranks are kept in a folder: "
-                "pass the path of one"
-            )
+        with self._agreed(f"cannot look into {self.path}", _ANOTHER):
+            if not self.path.parent.is_dir() or (self.path.exists() and not self._is_ours()):
+                raise OptionError(
+                    "expected checkpoint to be a folder of such a run, or of none yet, in a "
+                    f"directory that exists, got {self.path}; vectors on several ranks are kept in "
+                    "a folder: pass the path of one"
+                )
 
     def _is_ours(self) -> bool:
         if not self.path.is_dir():
             return False
         names = [entry.name for entry in self.path.iterdir()]
-        return all(name.isdigit() or name.startswith(_LATEST) for name in names)
+        return all(name.isdigit() or name.startswith(LATEST) for name in names)
 
     def header(self) -> dict[str, Any] | None:
         """The header of the last save; None where there is none.
@@ -82,8 +95,9 @@ class CheckpointFolder:
         Raises:
             OptionError: some ranks do not see the folder, it is damaged, or of a newer version.
         """
-        latest = self.path / _LATEST
-        here = latest.exists()
+        latest = self.path / LATEST
+        with self._agreed(f"cannot look into {self.path}", _ANOTHER):
+            here = latest.exists()
         if not self.space.agree(here):
             return None
         if self.space.agree(not here):
@@ -91,20 +105,15 @@ class CheckpointFolder:
                 f"some ranks see a checkpoint in {self.path}, and others do not; pass a path on a "
                 "file system that all ranks share"
             )
-        try:
+        with self._agreed(f"{latest} is damaged", _ANOTHER):
             self._latest = json.loads(latest.read_text())
-            written = self._latest["format"]
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            raise OptionError(
-                f"{latest} is damaged ({type(error).__name__}); pass another path, or delete the "
-                "folder"
-            ) from error
-        if written > _FORMAT:
-            raise OptionError(
-                f"{self.path} was written by a newer version, in format {written}, and this one "
-                f"reads format {_FORMAT}; run: pip install --upgrade torchlinop"
-            )
-        header: dict[str, Any] = self._latest["header"]
+            header: dict[str, Any] = self._latest["header"]
+            if self._latest["format"] > _FORMAT:
+                raise OptionError(
+                    f"{self.path} was written by a newer version, in format "
+                    f"{self._latest['format']}, and this one reads format {_FORMAT}; "
+                    "run: pip install --upgrade torchlinop"
+                )
         return header
 
     def tensors(self) -> dict[str, Tensor]:
@@ -223,38 +232,51 @@ class CheckpointFolder:
         """Those that every rank saves, the same list on all of them."""
         if not self._everywhere:
             own = [piece for piece, _ in self._owned if piece.numel]
-            everywhere = [own]
-            if not self.alone:
-                everywhere = [own] * dist.get_world_size(self.group)
-                dist.all_gather_object(everywhere, own, self.group)
             self._owned = [(piece, place) for piece, place in self._owned if piece.numel]
-            self._everywhere = [piece for pieces in everywhere for piece in pieces]
+            self._everywhere = [piece for pieces in self._gathered(own) for piece in pieces]
         return self._everywhere
 
     def _write(self, folder: str, state: dict[str, Any], latest: dict[str, Any]) -> None:
         if self._writes:
             shutil.rmtree(self.path / folder, ignore_errors=True)  # of a save that was interrupted
         self.space.agree(False)  # none writes there before it is gone
-        failed = None
-        try:
+        room = "pass a path with room, on a file system that all ranks share"
+        with self._agreed(f"cannot write {self.path}", room):
             with self._by_whom() as options:
                 save(state, checkpoint_id=self.path / folder, **options)
             if self._writes:
-                part = self.path / f"{_LATEST}.part"
+                part = self.path / f"{LATEST}.part"
                 part.write_text(json.dumps(latest))
-                os.replace(part, self.path / _LATEST)
-        except (OSError, CheckpointException) as error:
-            failed = error
-        if self.space.agree(failed is not None):
-            raise OptionError(
-                f"cannot write {self.path} ({_cause(failed)}); pass a path with room, on a file "
-                "system that all ranks share"
-            ) from failed
+                os.replace(part, self.path / LATEST)
         if self._writes:
             used = {part[0] for w in latest["vectors"].values() for part in w["parts"]} | {folder}
-            for entry in self.path.iterdir():
-                if entry.name.isdigit() and entry.name not in used:
-                    shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):
+                for entry in self.path.iterdir():
+                    if entry.name.isdigit() and entry.name not in used:
+                        shutil.rmtree(entry, ignore_errors=True)
+
+    @contextmanager
+    def _agreed(self, wrong: str, instead: str) -> Iterator[None]:
+        """What cannot be read or written inside, on any rank, all ranks raise with one sentence."""
+        error: Exception | None = None
+        sentence = None
+        try:
+            yield
+        except OptionError as refused:
+            error, sentence = refused, str(refused)
+        except _FAILURES as failed:
+            error, sentence = failed, f"{wrong} ({_cause(failed)}); {instead}"
+        told = next(filter(None, self._gathered(sentence)), None)
+        if told is not None:
+            raise OptionError(told) from error
+
+    def _gathered(self, mine: T) -> list[T]:
+        """What every rank has, of those that share the folder."""
+        of_ranks: list[Any] = [mine]
+        if not self.alone:
+            of_ranks *= dist.get_world_size(self.group)
+            dist.all_gather_object(of_ranks, mine, self.group)
+        return of_ranks
 
     @contextmanager
     def _by_whom(self) -> Iterator[dict[str, Any]]:
@@ -274,7 +296,7 @@ class CheckpointFolder:
             raise ValueError(f"{folder}: {type(error).__name__}") from error
 
 
-def whole_folder(path: Path, space: VectorSpace) -> CheckpointFolder:
+def whole_folder(path: Path, space: Vectors) -> CheckpointFolder:
     """The folder, for a process with whole vectors: alone, or as one of a group's replicas."""
     group: dist.ProcessGroup | None = getattr(space, "group", None)
     alone = group is None
@@ -283,8 +305,8 @@ def whole_folder(path: Path, space: VectorSpace) -> CheckpointFolder:
     return CheckpointFolder(path, space, everything, owned, group, alone=alone)
 
 
-def _cause(error: BaseException | None) -> str:
+def _cause(error: BaseException) -> str:
     """Of the first rank that failed, without its traceback."""
     failures = getattr(error, "failures", None)
     first = next(iter(failures.values()))[0] if failures else error
-    return "another rank failed" if first is None else f"{type(first).__name__}: {first}"
+    return f"{type(first).__name__}: {first}"

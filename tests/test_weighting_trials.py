@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from torchlinop.errors import NonFiniteError, WeightingError
-from torchlinop.weighting import find_weighting
+from torchlinop.weighting_trials import find_weighting
 
 LOGITS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double()
 LABELS = torch.arange(12) % 5
