@@ -1,6 +1,11 @@
-"""What all tests share: seeds, threads, and third-party warnings at import time."""
+"""What all tests share: seeds, threads, workers, and third-party warnings at import time."""
 
+import os
 import warnings
+
+# The problems are tiny: threads would spend their time waiting for each other. Set before NumPy
+# and torch load their libraries, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -19,8 +24,18 @@ with warnings.catch_warnings():
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("everywhere")
 
-# The problems are tiny: threads would spend their time waiting for each other.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers take neighbouring tests, which share fixtures and dense matrices; the faster steals.
+
+    Dealt one by one, as by default, these would be made once for every worker.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_collectstart() -> None:

@@ -140,21 +140,43 @@ def test_chunks_of_columns_are_those_of_the_whole_block(size):
         lasts.append(last)
         return M @ block
 
-    torch.testing.assert_close(ColumnChunks(size).apply(product, V, last=True), M @ V)
+    chunks = ColumnChunks(size)
+    chunks.apply(product, V[:, ::2], last=False)  # which proves that blocks can be multiplied
+    del widths[:], lasts[:]
+    torch.testing.assert_close(chunks.apply(product, V, last=True), M @ V)
     assert max(widths) == min(size, 7)
     assert lasts == [False] * (len(lasts) - 1) + [True]
 
 
-def test_a_map_that_takes_no_blocks_is_applied_column_by_column():
+@pytest.mark.parametrize("size", [None, 3, 20])
+def test_a_map_that_takes_no_blocks_is_applied_column_by_column(size):
     def product(block, *, last=False):
         if block.shape[1] > 1:
             raise RuntimeError("no batching rule")
         return 2 * block
 
+    chunks = ColumnChunks(size)
+    V = torch.randn(4, 8)
+    torch.testing.assert_close(chunks.apply(product, V, last=False), 2 * V)
+    assert chunks.size == 1
+
+
+def test_a_map_that_multiplies_blocks_otherwise_than_their_columns_is_applied_to_these():
+    def product(block, *, last=False):
+        return 2 * block if block.shape[1] == 1 else 2 * block.flip(1)
+
     chunks = ColumnChunks()
     V = torch.randn(4, 8)
     torch.testing.assert_close(chunks.apply(product, V, last=False), 2 * V)
     assert chunks.size == 1
+
+
+def test_what_is_wrong_with_a_column_is_said_of_a_block():
+    def failing(block, *, last=False):
+        raise RuntimeError("the model has a mistake")
+
+    with pytest.raises(RuntimeError, match="the model has a mistake"):
+        ColumnChunks(2).apply(failing, torch.randn(4, 8), last=False)
 
 
 @pytest.mark.parametrize("linearization", ["keep", "rebuild"])

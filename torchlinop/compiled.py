@@ -5,7 +5,6 @@ A step (``torch.compile``, a CUDA graph) makes a program of a program and knows 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,10 +15,8 @@ import torch
 from torch import Tensor
 
 from torchlinop.derivatives import LinearMap
-from torchlinop.errors import CaptureError, TorchlinopWarning, warn_caller
+from torchlinop.errors import TorchlinopWarning, warn_caller
 from torchlinop.traced import Program, Run, first_line, refuse_other_product, traced
-
-log = logging.getLogger("torchlinop")
 
 WIDTHS = 4  # a solver's block, its single vectors, and what is left of a block
 
@@ -61,23 +58,11 @@ class Programs:
         return program(V)
 
     def _built(self, V: Tensor) -> Program:
-        try:
-            program = traced(self._product, V)
-        except (torch.OutOfMemoryError, CaptureError):
-            raise
-        except RuntimeError as error:
-            if V.shape[1] == 1:
-                raise
-            # torch 2.6 cannot batch the second derivative of a GroupNorm while it is recorded.
-            log.info("columns are recorded one by one: %s", first_line(error))
-            program = traced(self._one_by_one, V)
+        program = traced(self._product, V)
         for step in self._steps:
             program = step(program, V)
         refuse_other_product(program, self._product, V)
         return program
-
-    def _one_by_one(self, V: Tensor, *, last: bool = False) -> Tensor:
-        return torch.cat([self._product(v) for v in V.split(1, dim=1)], dim=1)
 
 
 def as_programs(product: LinearMap, steps: tuple[Step, ...]) -> LinearMap:

@@ -21,6 +21,7 @@ Function = Callable[[Tensor], Tensor]  # of a flat vector (n,)
 # What torch says of operations that forward mode, or a batch of it, cannot pass through.
 _NO_RULE = re.compile(
     "NotImplementedError|forward.?(mode )?AD|ZeroTensors|vmap|functorch|torch.func"
+    "|Cannot access data pointer"  # packed sequences ask for memory, which a tangent has not
 )
 
 log = logging.getLogger("torchlinop")

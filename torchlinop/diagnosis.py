@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from torchlinop.errors import CheckpointError, DoubleBackwardError, ParameterError
 from torchlinop.graphs import ancestors
 
-_NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
+_NO_DERIVATIVE = re.compile(r"derivative for '?((?:aten::)?\w+)'? is not implemented")
 _COMPILED = "does not currently support double backward"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +23,49 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norms)
 
 
-_FORMULAS: dict[Callable[..., Any], Callable[..., Tensor]] = {torch._weight_norm: weight_norm}
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """``(x − mean) / √(var + ε)`` over each group of channels, scaled and shifted by channel.
+
+    Taken for several vectors at once, the double backward of the kernel of torch 2.6 fails for
+    most shapes, and is another matrix for some.
+    """
+    grouped = x.reshape(len(x), num_groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = (centred * scale).reshape(x.shape).to(x.dtype)
+    of_channels = (1, -1, *[1] * (x.ndim - 2))
+    y = y if weight is None else y * weight.view(of_channels)
+    return y if bias is None else y + bias.view(of_channels)
+
+
+@cache
+def _batches_group_norm() -> bool:
+    """Whether torch takes the double backward of its kernel for two vectors at once."""
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64, device="cpu").view(2, 4, 3)
+    x = x.requires_grad_()
+    V = torch.stack([x.detach().cos(), x.detach().square()])
+    y = F.group_norm(x, 2, x.detach()[0, :, 0]).sin().sum()
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    one_by_one = [torch.autograd.grad(gradient, x, v, retain_graph=True)[0] for v in V]
+    try:
+        (at_once,) = torch.autograd.grad(gradient, x, V, is_grads_batched=True)
+    except RuntimeError:
+        return False
+    return torch.allclose(at_once, torch.stack(one_by_one))
+
+
+_FORMULAS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch._weight_norm: weight_norm,
+    F.group_norm: group_norm,
+    torch.group_norm: group_norm,
+}
 
 
 class WithFormulas(TorchFunctionMode):
@@ -39,6 +83,11 @@ class WithFormulas(TorchFunctionMode):
 
 
 def needs_formulas(model: nn.Module) -> bool:
-    """Whether the model uses weight normalisation, as a parametrization or as a hook."""
+    """Whether the model uses weight normalisation, as a parametrization or as a hook.
+
+    Or a GroupNorm, where torch cannot take its second derivative for several vectors.
+    """
     parts = [*model.modules(), *(h for m in model.modules() for h in m._forward_pre_hooks.values())]
-    return any(type(part).__name__ in ("_WeightNorm", "WeightNorm") for part in parts)
+    if any(type(part).__name__ in ("_WeightNorm", "WeightNorm") for part in parts):
+        return True
+    return any(isinstance(part, nn.GroupNorm) for part in parts) and not _batches_group_norm()

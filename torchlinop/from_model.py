@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown
 from torchlinop.data import WeightedData, pinned_data, reread_data
 from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
@@ -199,10 +200,7 @@ def refuse_bad_options(
     for name, number in [("num_batches", num_batches), ("microbatch_size", microbatch_size)]:
         if number is not None:
             _refuse_below(name, number, 1)
-    if weighting not in get_args(WeightingName):
-        raise OptionError(
-            f"unknown weighting {weighting!r}; choose one of {', '.join(get_args(WeightingName))}"
-        )
+    refuse_unknown("weighting", weighting, get_args(WeightingName))
     if weight is not None and not callable(weight):
         raise OptionError(
             f"expected weight to be a function of a batch, got {weight!r}; "

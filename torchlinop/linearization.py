@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown
 from torchlinop.columns import ColumnChunks
 from torchlinop.compiled import Step, as_programs
 from torchlinop.derivatives import Derivative, Function, LinearMap
@@ -182,11 +183,7 @@ class LinearizationPlan:
                 f"expected memory_budget to be a number of bytes, got {self.memory_budget!r}; "
                 "pass 2 * 10**9, say"
             )
-        if self.policy not in get_args(Policy):
-            raise OptionError(
-                f"unknown linearization {self.policy!r}; choose one of "
-                f"{', '.join(get_args(Policy))}"
-            )
+        refuse_unknown("linearization", self.policy, get_args(Policy))
         if self.steps and self.policy == "rebuild":
             raise OptionError(
                 f'{self._keeper} needs the graphs at theta kept, got linearization="rebuild"; '

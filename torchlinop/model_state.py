@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError, TrainModeWarning, warn_caller
 from torchlinop.formulas import WithFormulas, needs_formulas
 from torchlinop.parameters import ParameterLayout
@@ -126,8 +127,7 @@ class BorrowedModel:
 
 def refuse_unknown_mode(mode: str) -> None:
     """Raise OptionError for a mode that there is not."""
-    if mode not in get_args(Mode):
-        raise OptionError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
+    refuse_unknown("mode", mode, get_args(Mode))
 
 
 def warn_if_training(module: nn.Module, mode: Mode) -> None:

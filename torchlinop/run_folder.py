@@ -258,7 +258,7 @@ class CheckpointFolder:
     @contextmanager
     def _agreed(self, wrong: str, instead: str) -> Iterator[None]:
         """What cannot be read or written inside, on any rank, all ranks raise with one sentence."""
-        error: Exception | None = None
+        error: BaseException | None = None
         sentence = None
         try:
             yield

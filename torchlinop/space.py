@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchlinop.errors import OptionError
+from torchlinop.choices import refuse_unknown
 from torchlinop.random_column import Draw, RandomColumn, gaussian, rademacher
 from torchlinop.run_store import LATEST, FileStore, RunStore
 
@@ -135,7 +135,8 @@ class VectorSpace:
         drawn, nor on how many processes hold the vectors. ``"gaussian"`` has standard normal
         entries, ``"rademacher"`` has ±1, ``"sphere"`` is uniform on the sphere of radius √n.
         """
-        draw, on_sphere = _DISTRIBUTIONS[_checked(distribution)]
+        refuse_unknown("distribution", distribution, _DISTRIBUTIONS)
+        draw, on_sphere = _DISTRIBUTIONS[distribution]
         drawn = [RandomColumn(self.size, seed, i, draw) for i in range(columns)]
         return torch.stack([self._column(entries, on_sphere) for entries in drawn], dim=1)
 
@@ -163,14 +164,6 @@ _DISTRIBUTIONS: dict[str, tuple[Draw, bool]] = {
     "rademacher": (rademacher, False),
     "sphere": (gaussian, True),
 }
-
-
-def _checked(distribution: str) -> str:
-    if distribution not in _DISTRIBUTIONS:
-        raise OptionError(
-            f"unknown distribution {distribution!r}; choose one of {', '.join(_DISTRIBUTIONS)}"
-        )
-    return distribution
 
 
 def _single(X: Tensor) -> Tensor:

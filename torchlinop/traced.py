@@ -22,6 +22,9 @@ Run = Callable[..., Tensor]  # (V, *constants) -> A V
 _ASKING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
+_MASKS = (torch.bool, torch.uint8)
+
+
 @dataclass(frozen=True)
 class Program:
     """``V ↦ A V`` for blocks of one shape (n, k) and one memory layout, as fresh memory."""
@@ -88,9 +91,10 @@ class _Tape(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         values = func(*args, **(kwargs or {}))
+        asking = not {*func.tags}.isdisjoint(_ASKING) and not _picks_by_number(func, args)
         args, kwargs = tree_map_only(Tensor, self._node, (args, kwargs or {}))
         of_V = any(leaf in self._of_V for leaf in tree_leaves((args, kwargs)))
-        if of_V and not {*func.tags}.isdisjoint(_ASKING):
+        if of_V and asking:
             raise CaptureError(
                 f"the product asks for values ({func}), as an if on a tensor does, and so cannot "
                 "be traced; leave out compile and cuda_graphs"
@@ -118,6 +122,13 @@ class _Tape(TorchDispatchMode):
         elif isinstance(values, tuple | list):
             for i, value in enumerate(values):
                 self._name(value, self._graph.call_function(operator.getitem, (node, i)), of_V)
+
+
+def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether entries are picked by their numbers, not by a mask, which says how many they are."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(index is None or index.dtype not in _MASKS for index in args[1])
 
 
 def refuse_other_product(program: Program, product: LinearMap, V: Tensor) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def other_problems(path):
     if dist.get_rank() == 0:
         latest.write_text(written[:40])
     dist.barrier()
-    with pytest.raises(OptionError, match=r"latest.json is damaged \(JSONDecodeError\)"):
+    with pytest.raises(OptionError, match=r"latest.json is damaged \(JSONDecodeError: .*another"):
         run(ShardedMatrix(matrix(), space), path)
 
 
@@ -239,3 +240,32 @@ def test_paths_that_are_no_folder_of_a_run_are_refused(stopped, tmp_path):
     for kind, message in failures(2, seen_by_one_rank, stopped):
         assert kind == "OptionError"
         assert "some ranks see a checkpoint" in message
+
+
+def unreadable(path, method):
+    """A file system that fails on rank 1."""
+    if dist.get_rank() == 1:
+        setattr(Path, method, fail)
+    run(ShardedMatrix(matrix(), uneven()), path)
+
+
+def fail(self, *args, **options):
+    raise PermissionError(f"no right to see {self.name}")
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("read_text", "{path}/latest.json is damaged (PermissionError: no right to see latest"),
+        ("exists", "cannot look into {path} (PermissionError: no right to see run); pass another"),
+        ("iterdir", "cannot look into {path} (PermissionError: no right to see run); pass another"),
+    ],
+)
+def test_a_folder_that_one_rank_cannot_read_ends_all_with_one_sentence(
+    method, sentence, stopped, tmp_path
+):
+    path = shutil.copytree(stopped, tmp_path / "run")
+    here, there = failures(2, unreadable, path, method, timeout=20)
+    assert here == there
+    assert here[0] == "OptionError"
+    assert here[1].startswith(sentence.format(path=path))

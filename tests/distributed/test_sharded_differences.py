@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import problems
+import pytest
 import torch
 import torch.distributed as dist
 from processes import on_ranks
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from torchlinop import HessianOperator
 from torchlinop.distributed.fully_sharded import FSDPHessianOperator
+from torchlinop.errors import NonFiniteError
 from torchlinop.testing import gallery
 
 
@@ -103,3 +106,33 @@ def test_parameters_that_are_sharded_twice_are_differentiated_by_differences():
         for error, estimate, method in found.values():
             assert error <= estimate <= 1e-8
             assert method.startswith("finite_difference, relative step")
+
+
+def beside_a_wall() -> tuple[str, str, bool]:
+    """A loss that is a number at the parameters alone, and one that is so up to the usual step."""
+    plain = gallery.mlp()
+
+    def loss_fn(model: nn.Module, batch: Any, far: float = 0.0) -> Tensor:
+        outputs = model(batch[0])
+        with torch.no_grad():
+            moved = (outputs.detach() - plain.model(batch[0])).abs().max()
+        inside = bool(moved <= max(far, 1e-13))
+        return nn.functional.cross_entropy(outputs, batch[1]) * (1.0 if inside else math.nan)
+
+    def narrow(model: nn.Module, batch: Any) -> Tensor:
+        return loss_fn(model, batch, 3e-6)
+
+    model = sharded(copy.deepcopy(plain.model))
+    with pytest.raises(NonFiniteError) as refused:
+        FSDPHessianOperator(model, plain.batches, loss_fn)
+    A = FSDPHessianOperator(model, plain.batches, loss_fn, self_test=False)
+    finite = bool(torch.isfinite(A @ A.space.random(1)).all())
+    return str(refused.value), FSDPHessianOperator(model, plain.batches, narrow).method, finite
+
+
+def test_where_differences_are_not_finite_the_exact_product_is_not_blamed():
+    for sentence, method, finite in on_ranks(2, beside_a_wall):
+        assert sentence.startswith("the product by forward_over_reverse is finite, but gradients")
+        assert sentence.endswith("self_test=False goes without this comparison")
+        assert method == "forward_over_reverse"
+        assert finite

@@ -328,6 +328,12 @@ def test_a_product_that_is_zero_is_new_memory():
     assert not program(V).any()
 
 
+def test_entries_picked_by_their_numbers_are_recorded():
+    V, W = columns(6, 2), columns(6, 2) + 1
+    program = traced(lambda V, last=False: V[[3, 1, 1]] * V[torch.tensor([0, 5, 2])], V)
+    assert torch.equal(program(W), W[[3, 1, 1]] * W[[0, 5, 2]])
+
+
 def absolute(V):
     return V if V.sum() > 0 else -V
 

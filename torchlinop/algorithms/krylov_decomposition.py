@@ -52,7 +52,6 @@ class KrylovDecomposition:
         self.scaled = False  # whether it is known not to be zero
         self.errors = torch.zeros(self._rows(), dtype=torch.float64, device=start.device)
         self.kept = self.draws = 0
-        self.broken = False  # whether the Krylov space of the start was invariant
         self._nothing = start[:, :0]
         self._continue(0, self._nothing, start)
 
@@ -169,7 +168,6 @@ class KrylovDecomposition:
         self.T[stop:] = 0
         self.T[stop : stop + len(alive), :stop] = T[alive, :stop].to(self.T)
         self.draws += 1
-        self.broken = True
         missing = min(self.block_size, room) - len(alive)
         Q = complete(self.basis, stop, Q, missing, seed=self.seed, draw=self.draws)
         self._continue(stop, self.basis.columns(start, stop), Q)
@@ -204,7 +202,6 @@ class KrylovDecomposition:
             "previous": self.previous.shape[1],
             "kept": self.kept,
             "draws": self.draws,
-            "broken": self.broken,
             "scale": float(self.scale),
             "scaled": self.scaled,
             "symmetric": self.watch.symmetric,
@@ -224,8 +221,7 @@ class KrylovDecomposition:
         self.T.zero_()[: len(rows), :j] = tensors["T"].to(self.T)
         self.errors[:j] = tensors["errors"].to(self.errors)
         self.size, self.kept, self.draws = j, numbers["kept"], numbers["draws"]
-        self.broken, self.scaled = numbers["broken"], numbers["scaled"]
-        self.watch.symmetric = numbers["symmetric"]
+        self.scaled, self.watch.symmetric = numbers["scaled"], numbers["symmetric"]
         self.scale.fill_(numbers["scale"])
         if V.direct:
             self.previous = V.columns(j - numbers["previous"], j)

@@ -93,7 +93,7 @@ class Run:
             if full:
                 V.restart(ritz, self._keep(ritz))
                 at.restarts += 1
-                at.exploring = V.broken = False
+                at.exploring = False
             at.goal, at.checked = self._next_check(ritz), V.size
             if full:
                 self._save()
@@ -108,13 +108,16 @@ class Run:
         at, target = self.at, self.target
         if self.decomposition.width == 0:
             return self._named("exact", ritz)
-        if loss == "all":  # V is an invariant subspace
+        grown = self.decomposition.size > at.checked  # or nothing is new since the last look
+        invariant = loss == "all" or (grown and target.exhausted_by_all(ritz))
+        if invariant:
             if self._unchanged(ritz):
                 return self._named("exact", ritz)
             wanted = ritz.values[: target.k].tolist()
             at.before = wanted if len(wanted) == target.k else None
-        at.exploring |= loss != "none"
-        if (self._full or not at.exploring) and target.exhausted(ritz):
+        at.exploring |= invariant or loss != "none"
+        settled = not at.exploring or (self._full and not invariant)
+        if settled and target.exhausted(ritz):
             return self._named("converged", ritz)
         return None
 
@@ -154,7 +157,7 @@ class Run:
         """
         V = self.decomposition
         last = V.size + (V.capacity - V.size) // V.width * V.width
-        if V.broken:
+        if self.at.exploring:
             return V.size + V.width
         if self.at.restarts == 0:
             more = V.size if V.size < self.target.k else V.size // 2

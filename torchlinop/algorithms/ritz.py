@@ -74,6 +74,16 @@ class Target:
         """Whether no further product makes any of k pairs better."""
         return self.excess(ritz) <= 0
 
+    def exhausted_by_all(self, ritz: Ritz) -> bool:
+        """The same of all pairs: the space that they span is invariant, as far as can be told.
+
+        Rounding, amplified by the steps, ends few Krylov spaces at a residual of zero: where θ is
+        next to nothing, that of a step is compared with tol ε^(1/3) ‖A‖.
+        """
+        theta = ritz.values.abs().clamp_min(self.eps ** (1 / 3) * ritz.norm)
+        bounds = torch.maximum(self.tol * theta, _MOSTLY * ritz.least(len(theta)))
+        return bool((ritz.residuals <= bounds).all())
+
     def excess(self, ritz: Ritz) -> float:
         """log(r / r wanted, or possible) of the worst of k; infinite where fewer are known."""
         if len(ritz.values) < self.k:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torchlinop
 from torchlinop.command_line import compare, demo, density, doctor, eigs, show, trace
-from torchlinop.command_line.report import note, print_error, told_on_stderr
+from torchlinop.command_line.report import forget_stdout, note, print_error, told_on_stderr
 from torchlinop.command_line.run import BAD_INPUT, NOT_CONVERGED
 
 _COMMANDS = (demo, doctor, eigs, trace, density, compare, show)  # each has ``add(subparsers)``
@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = options.run(options)
         except KeyboardInterrupt:
             note("stopped before there was a result")
+            return NOT_CONVERGED
+        except BrokenPipeError:
+            forget_stdout()
             return NOT_CONVERGED
         except Exception as error:
             print_error(error, verbose=options.verbose)

@@ -11,6 +11,7 @@ from torchlinop.command_line.files import refuse_existing, refuse_unwritable
 from torchlinop.command_line.loading import built
 from torchlinop.command_line.options import Subparsers, add_json, add_spec, command
 from torchlinop.command_line.report import note, print_json
+from torchlinop.errors import OptionError
 
 _ENDS = ("LA", "SA", "LM")
 
@@ -49,6 +50,8 @@ def _run(options: argparse.Namespace) -> int:
     for path in (options.html, options.out):
         refuse_existing(path, options.overwrite)
         refuse_unwritable(path)
+    if options.html is not None and options.html == options.out:
+        raise OptionError(f"--html and --out are both {options.out}; give them two names")
     from torchlinop.compare import compare  # noqa: PLC0415  # takes a second, of no use elsewhere
 
     found = compare(
@@ -64,14 +67,14 @@ def _run(options: argparse.Namespace) -> int:
         histories=bool(options.html or options.out) and not options.no_histories,
         progress=True,
     )
-    if options.json:
-        print_json(found.to_dict())
-    else:
-        print(found)
     if options.out:
         found.save(options.out)
     if options.html:
         note(f"page: {found.to_html(options.html)}")
+    if options.json:
+        print_json(found.to_dict())
+    else:
+        print(found, flush=True)
     return int(found.interrupted)
 
 

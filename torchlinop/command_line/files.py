@@ -33,6 +33,8 @@ class Files:
             OptionError: one exists and may not be replaced, or cannot be written.
         """
         out, resume = options.out, getattr(options, "resume", False)
+        if out is not None:
+            _refuse_suffix(out, (".safetensors",))
         saves_state = out is not None and not getattr(options, "no_checkpoint", True)
         files = cls(
             out,
@@ -51,7 +53,6 @@ class Files:
                 "and leave out --no-checkpoint"
             )
         if self.out is not None:
-            _refuse_suffix(self.out, (".safetensors",))
             optional("safetensors.torch")
         if self.plot is not None:
             _refuse_suffix(self.plot, tuple(sorted(_pictures())))
@@ -155,7 +156,8 @@ def _pictures() -> list[str]:
 def _refuse_suffix(path: Path, known: tuple[str, ...]) -> None:
     if path.suffix not in known:
         raise OptionError(
-            f"expected a file that ends in {' or '.join(known)}, got {path}; give it that name"
+            f"expected a file that ends in {' or '.join(known)}, got '{path}'; name it "
+            f"result{'.png' if '.png' in known else known[0]}, say"
         )
 
 

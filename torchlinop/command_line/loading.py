@@ -16,6 +16,8 @@ from torchlinop.errors import OptionError
 from torchlinop.from_model import refuse_bad_seed
 from torchlinop.random_state import reseed
 
+_ELSEWHERE = "run where it can be imported, or give the path of a file, dir/file.py:build"
+
 
 def built(spec: str, seed: int) -> Any:
     """Import the module, from the current folder too, and call ``build()``.
@@ -69,9 +71,11 @@ def _module(where: str) -> ModuleType:
             sys.path.insert(0, "")
         return importlib.import_module(where)
     except (Exception, SystemExit) as error:
+        missing = isinstance(error, FileNotFoundError | ModuleNotFoundError)
+        elsewhere = missing and (error.name is None or where.startswith(error.name))
         raise OptionError(
-            f"could not import {where!r}: {type(error).__name__}: {error}; run where it can be "
-            "imported, or give the path of a file, dir/file.py:build"
+            f"could not import {where!r}: {type(error).__name__}: {error}; "
+            + (_ELSEWHERE if elsewhere else "pass --verbose to see where")
         ) from error
 
 

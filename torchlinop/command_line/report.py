@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import traceback
@@ -19,6 +18,7 @@ import torch
 import torchlinop
 from torchlinop.algorithms.result import Result
 from torchlinop.errors import NotConvergedWarning, TorchlinopError, TorchlinopWarning
+from torchlinop.json_value import json_value
 
 
 def print_result(result: Result, options: argparse.Namespace, **facts: Any) -> None:
@@ -31,12 +31,17 @@ def print_result(result: Result, options: argparse.Namespace, **facts: Any) -> N
 
 def print_json(content: Mapping[str, Any]) -> None:
     """One object; what JSON has no number for is null."""
-    print(json.dumps(_plain(content), ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps(json_value(content), ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def note(sentence: str) -> None:
     """A sentence on stderr."""
     print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+
+
+def forget_stdout() -> None:
+    """Whoever read it is gone, as ``head`` is: Python is not to write the rest at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: Exception, *, verbose: bool) -> None:
@@ -81,11 +86,3 @@ def told_on_stderr(*, verbose: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -48,8 +48,10 @@ def run(options: argparse.Namespace, algorithm: Algorithm) -> int:
         except KeyboardInterrupt:
             note(_stopped(state))
             return NOT_CONVERGED
-    print_result(outcome.result, options, operator=repr(operator))
-    files.write(outcome.result, finished=not outcome.unfinished)
+    try:  # saved first: who reads what is printed may be gone
+        files.write(outcome.result, finished=not outcome.unfinished)
+    finally:
+        print_result(outcome.result, options, operator=repr(operator))
     if outcome.unfinished and state is not None and state.exists():
         note(f"unfinished; to go on, with more products or time if need be: {_resuming(options)}")
     return DONE if outcome.converged else NOT_CONVERGED

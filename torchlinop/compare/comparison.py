@@ -18,6 +18,7 @@ from torchlinop.compare.history import History
 from torchlinop.compare.page import page
 from torchlinop.compare.rows import Row, cells_of, columns_of
 from torchlinop.compare.text_table import text_table
+from torchlinop.json_value import json_value
 
 _FORMAT = 1
 INTERRUPTED = "interrupted: these are the rows that there were"
@@ -62,7 +63,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists, numbers and strings; NaN and infinity as None."""
         environment = {"torch": torch.__version__, "python": platform.python_version()}
-        content = _plain(dataclasses.asdict(self))
+        content = json_value(dataclasses.asdict(self))
         return {"format": _FORMAT, "environment": environment, **content}
 
     def to_json(self) -> str:
@@ -101,14 +102,6 @@ class Comparison:
             lines += ["", "left out: " + "; ".join(f"{n} ({w})" for n, w in self.left_out.items())]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

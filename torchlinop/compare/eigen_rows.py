@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torchlinop.compare.judge import Judged
 from torchlinop.compare.memory import Usage
-from torchlinop.compare.rows import COSTS, Column, Row, small
+from torchlinop.compare.rows import CLAIMED_RESIDUAL, COSTS, Column, Row, small
 from torchlinop.compare.runs import Run, common
 from torchlinop.compare.spread import UNKNOWN, Spread
 
@@ -94,12 +94,8 @@ class EigenRow(Row):
 
     @classmethod
     def columns(cls) -> list[Column]:
-        products, calls, seconds, outside = COSTS
         return [
-            products,
-            calls,
-            seconds,
-            outside,
+            *COSTS,
             Column(
                 "vectors",
                 lambda r: "-" if math.isnan(r.peak_vectors) else f"{r.peak_vectors:.0f}",
@@ -112,12 +108,7 @@ class EigenRow(Row):
                 detail=True,
             ),
             Column("residual", lambda r: small(r.residual), "the largest ‖A x − θ x‖ / |θ|"),
-            Column(
-                "claimed",
-                lambda r: small(r.claimed_residual),
-                "the same by the solver's own account",
-                detail=True,
-            ),
+            CLAIMED_RESIDUAL,
             Column(
                 "error",
                 lambda r: small(r.error),

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.compare.comparison import Comparison
 from torchlinop.compare.eigen_rows import EigenRow
 from torchlinop.compare.eigen_runs import history, run, usage
@@ -113,8 +114,7 @@ def compare(
 
 
 def _refuse(k: int, which: str, tol: float | None, budget: int | None, seconds: float) -> None:
-    if which not in get_args(End):
-        raise OptionError(f"unknown which {which!r}; choose one of {', '.join(get_args(End))}")
+    refuse_unknown("which", which, get_args(End))
     if tol is not None and not 0 < tol < 1:
         raise OptionError(f"expected tol from 0 to 1, relative to |λ|, got {tol}; leave it out")
     if k < 1 or not seconds > 0 or (budget is not None and budget < k):

@@ -92,6 +92,12 @@ COSTS = [
         "of these, outside of products: the solver's own work",
     ),
 ]
+CLAIMED_RESIDUAL = Column(
+    "claimed",
+    lambda r: small(r.claimed_residual),
+    "the same by the solver's own account",
+    detail=True,
+)
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:

@@ -16,7 +16,7 @@ from torchlinop.compare.comparison import Comparison
 from torchlinop.compare.history import History
 from torchlinop.compare.registry import Candidate, Wanted, linear_solver
 from torchlinop.compare.request import SolveRequest
-from torchlinop.compare.rows import COSTS, Column, Row, small
+from torchlinop.compare.rows import CLAIMED_RESIDUAL, COSTS, Column, Row, small
 from torchlinop.compare.runs import Run, common, run_of
 from torchlinop.compare.spread import Spread
 from torchlinop.compare.subject import Subject, Truth, subjects_of
@@ -57,12 +57,7 @@ class SolveRow(Row):
         return [
             *COSTS,
             Column("residual", lambda r: small(r.residual), "the largest ‖b − A x‖ / ‖b‖"),
-            Column(
-                "claimed",
-                lambda r: small(r.claimed_residual),
-                "the same by the solver's own account",
-                detail=True,
-            ),
+            CLAIMED_RESIDUAL,
         ]
 
 

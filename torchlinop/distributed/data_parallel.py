@@ -15,9 +15,10 @@ from torch import Tensor
 
 from torchlinop.distributed.agreement import agreed, divergence, gathered, raise_together
 from torchlinop.distributed.agreement import process_group as checked_group
+from torchlinop.distributed.ballot import Ballot
 from torchlinop.distributed.interruption import current, interrupted_together
 from torchlinop.errors import OptionError
-from torchlinop.fingerprint import fingerprint, signs
+from torchlinop.fingerprint import fingerprint
 from torchlinop.objective import Objective
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.kfac import KFACOperator
@@ -56,7 +57,7 @@ class GroupRanks:
         return ReplicatedSpace(space.size, space.dtype, space.device, self.group, sums)
 
     def sum(self, compute: Callable[[], Tensor], given: Tensor) -> Tensor:
-        """``Σ_r compute()`` by one all-reduce, of 34 numbers more than ``given`` has.
+        """``Σ_r compute()`` by one all-reduce, of some numbers more than ``given`` has (34).
 
         These tell whether any rank has failed or was interrupted, and whether ``given`` is the same
         on all.
@@ -66,20 +67,20 @@ class GroupRanks:
         """
         error: BaseException | None = None
         run = current()
-        message = given.new_zeros(given.numel() + 2 + _SIGNS)
-        total, failed, interrupted, of_given = message.split([given.numel(), 1, 1, _SIGNS])
+        ballot = Ballot(self.number, dist.get_world_size(self.group), given.dtype)
+        message = given.new_zeros(given.numel() + 2 + ballot.size)
+        total, failed, interrupted, votes = message.split([given.numel(), 1, 1, ballot.size])
         try:
             total.copy_(compute().reshape(-1))
         except BaseException as raised:
             error = raised
             failed.fill_(1)
         interrupted.fill_(run is not None and run.asked)
-        of_given.copy_(signs(fingerprint(given), _SIGNS))
+        ballot.vote(fingerprint(given), votes)
         dist.all_reduce(message, group=self.group)
-        world_size = dist.get_world_size(self.group)
         # One look at all of it: the host has to wait for the device, once a product.
         failures, interruptions, *sums = message[given.numel() :].tolist()
-        if any(abs(number) != world_size for number in sums):
+        if not ballot.unanimous(sums):
             error = divergence()
         if error is not None or failures:
             raise_together(error, self.group)
@@ -96,9 +97,6 @@ def ranks_of(process_group: dist.ProcessGroup | None = None) -> GroupRanks:
         ProcessGroupError: there is none.
     """
     return GroupRanks(checked_group(process_group))
-
-
-_SIGNS = 32  # bits of a fingerprint, as ±1: their sums are exact in every dtype
 
 
 @dataclass(frozen=True, eq=False)

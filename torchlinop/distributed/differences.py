@@ -158,13 +158,16 @@ def _richardson(
     v: Tensor,
     step: float,
 ) -> float:
-    """Twice the relative difference of the products with this step and with its double."""
+    """Twice the relative difference of the products with this step and with its double.
+
+    Infinite if that says nothing: the step was rounded away, or products are not finite.
+    """
     fine = product(CentralDifferences(step), rounds, v)
     coarse = product(CentralDifferences(2 * step), rounds, v)
     norm = objective.space.norm
     size = float(norm(fine))
-    # A difference of nothing says that the step was rounded away.
-    return float(2 * norm(coarse - fine)) / size if size else math.inf
+    error = float(2 * norm(coarse - fine)) / size if size else math.inf
+    return math.inf if math.isnan(error) else error
 
 
 def _refuse_half_precision(objective: ShardedObjective, force: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch
 from torchlinop.distributed.forward_over_reverse import Metric
+from torchlinop.distributed.replicas import refuse_different_vectors
 from torchlinop.distributed.sharded_method import Product, prepared
 from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
 from torchlinop.distributed.sharded_options import MethodOptions, ShardedOptions, objective_of
@@ -62,6 +63,7 @@ class ShardedOperator(CurvatureOperator):
 
     def _matmat(self, V: Tensor) -> Tensor:
         objective = self.objective
+        refuse_different_vectors(V, objective.ranks, objective.group)
         with objective.model.borrowed():
             columns = [self._product(self._method, objective.rounds(), v) for v in V.unbind(1)]
         AV = torch.stack(columns, dim=1)
@@ -112,9 +114,10 @@ class FSDPHessianOperator(ShardedOperator):
 
     Raises:
         ShardingError: FSDP1, no sharding, or one that is not known here.
-        ProcessGroupError: there is none.
+        ProcessGroupError: there is none, or its ranks hold different models.
         OptionError: a method that cannot be had.
         DataError: what is wrong with the data of one rank, on all.
+        DivergenceError: at a product, replicas (HSDP) passed different vectors.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from torchlinop.batches import Batch
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.agreement import agreed
 from torchlinop.distributed.rank_data import DataRanks, DataSource, rank_data
+from torchlinop.distributed.replicas import DRIFT, refuse_different_replicas
 from torchlinop.distributed.sharded_layout import ShardedLayout
 from torchlinop.distributed.sharded_model import ShardedModel
 from torchlinop.distributed.sharded_objective import ShardedObjective, together
@@ -116,7 +117,8 @@ def sharded_objective(
     All ranks of the group call this, with the same options.
 
     Raises:
-        ShardingError, ParameterError, OptionError, DataError, on all ranks.
+        ShardingError, ParameterError, OptionError, DataError, on all ranks. ProcessGroupError: what
+            several ranks hold is not the same on all of them.
     """
     with torch.inference_mode(False):
         with agreed(group):
@@ -125,6 +127,8 @@ def sharded_objective(
             ranks = data_ranks(module, sharding, group, data_group)
         torch_private.reshard(module)
         layout = ShardedLayout.of(module, param_filter, group)
+        alike = sharding == "fsdp"
+        refuse_different_replicas(module, group, drift=0.0 if alike else DRIFT, buffers=alike)
         space = layout.space()
         with agreed(group):
             borrowed = ShardedModel(module, layout, mode, seed)

@@ -14,12 +14,12 @@ from torch import Tensor
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.differences import CentralDifferences
 from torchlinop.distributed.forward_over_reverse import DualNumbers, Metric
-from torchlinop.distributed.sharded_from_model import Sharding, sharding_of
 from torchlinop.distributed.rank_data import Round
+from torchlinop.distributed.sharded_from_model import Sharding, sharding_of
 from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
 from torchlinop.distributed.sharded_options import MethodName, MethodOptions
 from torchlinop.distributed.tensor_parallel import DoubleBackward
-from torchlinop.errors import DoubleBackwardError, OptionError, ShardingError
+from torchlinop.errors import DoubleBackwardError, NonFiniteError, OptionError, ShardingError
 
 log = logging.getLogger("torchlinop")
 
@@ -137,6 +137,9 @@ def _compare(exact: Tensor, method: Method, objective: ShardedObjective, product
     """Raise ShardingError unless the product of one batch is that of finite differences.
 
     Those of the usual step at first; only where they are far off is the best step looked for.
+
+    Raises:
+        NonFiniteError: there are no differences to compare with.
     """
     rounds = objective.first_round()
     differences = CentralDifferences.usual(objective)
@@ -148,6 +151,13 @@ def _compare(exact: Tensor, method: Method, objective: ShardedObjective, product
             return
         if math.isnan(differences.error):
             differences = CentralDifferences.measured(objective, product, None, force=True)
+    if math.isnan(error):
+        raise NonFiniteError(
+            f"the product by {method.name} is finite, but gradients beside the parameters are NaN "
+            f"or infinite, at a distance of {differences.step:.1g} |θ| and others: the loss is "
+            "close to where it is not defined, or overflows. Move the parameters, or smooth the "
+            "loss; self_test=False goes without this comparison"
+        )
     if differences.error > _UNSURE:
         log.info("%s not compared: differences are off by %.1g", method.name, differences.error)
         return

@@ -9,8 +9,8 @@ from typing import Any, Literal, Unpack, get_args
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown
 from torchlinop.derivatives import Derivative, Function, LinearMap
-from torchlinop.errors import OptionError
 from torchlinop.from_model import output_objective
 from torchlinop.losses.autograd import AutogradLoss
 from torchlinop.losses.base import LossOfOutput, OutputMap
@@ -116,8 +116,5 @@ class GGNOperator(ObjectiveOperator):
 
 
 def _with_products(loss: LossOfOutput, loss_hvp: LossHvp) -> LossOfOutput:
-    if loss_hvp not in get_args(LossHvp):
-        raise OptionError(
-            f"unknown loss_hvp {loss_hvp!r}; choose one of {', '.join(get_args(LossHvp))}"
-        )
+    refuse_unknown("loss_hvp", loss_hvp, get_args(LossHvp))
     return AutogradLoss(loss, loss.weighting) if loss_hvp == "autograd" else loss

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.damping import finite_number, inverted
@@ -186,10 +187,7 @@ class KroneckerOperator(CurvatureOperator):
         )
 
     def _refuse_bad_damping(self, damping: float, split: str) -> None:
-        if split not in get_args(Split):
-            raise OptionError(
-                f"unknown split {split!r}; choose one of {', '.join(get_args(Split))}"
-            )
+        refuse_unknown("split", split, get_args(Split))
         if split == "pi" and not any(b.is_product for b in self.kronecker_blocks):
             raise OptionError(
                 'split="pi" divides the damping between two Kronecker factors, which '

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.compiled import Compiled, Step
 from torchlinop.cuda_graph import CudaGraphs
 from torchlinop.derivatives import (
@@ -163,8 +164,7 @@ def derivative_of(method: Method | Derivative, fd_eps: float | None) -> Derivati
         raise OptionError(f"expected a Derivative, got a class; pass {method.__name__}()")
     if not isinstance(method, str):
         return method
-    if method not in _METHODS:
-        raise OptionError(f"unknown method {method!r}; choose one of {', '.join(_METHODS)}")
+    refuse_unknown("method", method, _METHODS)
     return _METHODS[method](fd_eps)
 
 

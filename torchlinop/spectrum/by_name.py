@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 from torchlinop.losses.base import LossOfOutput
 from torchlinop.losses.cross_entropy import CrossEntropy
@@ -31,7 +32,6 @@ from torchlinop.operators.gauss_newton import GGNOperator
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.operators.kfac import KFACOperator
 from torchlinop.operators.kronecker import KroneckerOperator
-from torchlinop.spectrum.config import refuse_unknown
 
 OperatorType = Literal["hessian", "ggn", "empirical_fisher", "kfac"]
 GGNMode = Literal["true", "empirical", "auto"]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 
 ReorthMode = Literal["auto", "full", "partial", "selective", "local", "off", "none"]
@@ -84,9 +85,3 @@ class LanczosConfig:
             for name in names
             if getattr(self, name)
         ]
-
-
-def refuse_unknown(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise OptionError, which lists the choices, for a value that is not among them."""
-    if value not in choices:
-        raise OptionError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.explicit import MatrixOperator
@@ -73,8 +74,7 @@ def problem(
                 f"{name!r} has its own rows and eigenvectors, got n={n}; leave n and rotation out"
             )
         return _OF_DIGITS[name](dtype)
-    if name not in _SPECTRA:
-        raise OptionError(f"unknown problem {name!r}; choose one of {', '.join(problems())}")
+    refuse_unknown("problem", name, problems())
     n = 1000 if n is None else n
     if n < _LEAST:
         raise OptionError(f"expected n of at least {_LEAST}, where spectra have room; got {n}")

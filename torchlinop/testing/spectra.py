@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchlinop.errors import OptionError
+from torchlinop.choices import refuse_unknown
 
 
 def flat(n: int) -> Tensor:
@@ -94,6 +94,5 @@ def wanted(eigenvalues: Tensor, which: str, k: int) -> Tensor:
         OptionError: another end.
     """
     keys = {"LA": -eigenvalues, "SA": eigenvalues, "LM": -eigenvalues.abs()}
-    if which not in keys:
-        raise OptionError(f"unknown which {which!r}; choose one of {', '.join(keys)}")
+    refuse_unknown("which", which, keys)
     return eigenvalues[keys[which].argsort()[:k]]

@@ -35,6 +35,11 @@ class Reading:
 
 
 def examined(objective: OutputObjective, b: int, batch: Batch, uses: Uses) -> Reading:
+    """What the batch tells of the slots: a forward pass and ``2 + 2 log₂ N`` backward passes.
+
+    Raises:
+        NonFiniteError: inputs of layers, outputs or gradients are NaN or infinite.
+    """
     with recorded(objective, b, batch, layers_of(uses)) as tape:
         if not tape.is_finite:
             raise NonFiniteError(_not_finite("what goes through the model", b))

@@ -8,6 +8,7 @@ from typing import Any, Literal, Unpack, get_args
 from torch import nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 from torchlinop.from_model import (
     ObjectiveOptions,
@@ -115,9 +116,9 @@ class KFACOperator(KroneckerOperator):
     ) -> None:
         with_gradients = fisher_type != "forward-only"
         with ranks.agreed():
-            _refuse_unknown("fisher_type", fisher_type, get_args(FisherType))
-            _refuse_unknown("approximation", approximation, get_args(Approximation))
-            _refuse_unknown("unsupported", unsupported, get_args(Policy))
+            refuse_unknown("fisher_type", fisher_type, get_args(FisherType))
+            refuse_unknown("approximation", approximation, get_args(Approximation))
+            refuse_unknown("unsupported", unsupported, get_args(Policy))
             _refuse_bad_draws(mc_samples)
             refuse_bad_seed("sampling_seed", sampling_seed)
             if not with_gradients:
@@ -211,11 +212,6 @@ def _vectors(fisher_type: FisherType, objective: OutputObjective, draws: int, se
 def _without_graphs(notes: Sequence[str]) -> list[str]:
     """All but what graphs would need that are kept: none are."""
     return [note for note in notes if not note.startswith("memory:")]
-
-
-def _refuse_unknown(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise OptionError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
 def _refuse_bad_draws(mc_samples: int) -> None:
