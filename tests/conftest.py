@@ -1,5 +1,6 @@
 """What all tests share: seeds, threads, workers, and third-party warnings at import time."""
 
+import gc
 import os
 import warnings
 
@@ -38,6 +39,12 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: no garbage collection looks at it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collectstart() -> None:
     """What a module draws when it is imported is the same, whichever were imported before it."""
     torch.manual_seed(0)
@@ -46,4 +53,6 @@ def pytest_collectstart() -> None:
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same random numbers, whichever tests ran before it."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # torch.manual_seed asks every kind of device, for a millisecond
+        torch.cuda.manual_seed_all(0)

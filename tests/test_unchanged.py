@@ -209,6 +209,19 @@ def test_the_model_is_bit_identical_after_it_was_refused(loss):
     assert_equal_states(before, state_of(model))
 
 
+def test_lists_within_lists_of_a_module_are_given_back():
+    class Recording(nn.Linear):
+        def forward(self, x):
+            self.seen["inputs"].append(x)
+            return super().forward(x)
+
+    model = Recording(3, 2)
+    model.seen = {"inputs": []}
+    H = HessianOperator(model, [torch.ones(2, 3)], lambda m, x: m(x).square().mean())
+    H @ H.space.random(2)
+    assert model.seen == {"inputs": []}
+
+
 @pytest.mark.parametrize("make", [gallery.cnn, gallery.gpt2, gallery.recurrent, gallery.tied])
 def test_models_of_the_gallery_are_bit_identical_after_products(make):
     p = make()

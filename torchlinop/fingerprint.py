@@ -23,7 +23,7 @@ def fingerprint(X: Tensor) -> Tensor:
             bits = piece.contiguous().view(_BITS[piece.itemsize]).long()
             bits = (bits >> 31).bitwise_xor_(bits).mul_(_MULTIPLIER)
             bits ^= bits >> 29
-            places = torch.arange(1, 2 * len(bits), 2, device=X.device)
+            places = 2 * torch.arange(len(bits), device=X.device) + 1
             total = total * _CHAIN + bits.mul_(places).sum()
     return total ^ (total >> 32)
 

@@ -1,4 +1,4 @@
-"""Which batch and parameter made a product NaN or infinite."""
+"""NaN and infinity, refused by the name of the batch that they come from."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def refuse_non_finite(objective: Objective, product: Tensor) -> None:
         "a derivative is singular, as that of sqrt or norm at 0, or the product overflows. "
         "Smooth the loss there, or scale v down"
     )
+
+
+def refuse_non_finite_outputs(outputs: Tensor, b: int) -> None:
+    """Raise NonFiniteError for outputs of the model on batch ``b`` that are so."""
+    if not torch.isfinite(outputs).all():
+        raise NonFiniteError(
+            f"the model's outputs on batch {b} hold NaN or infinity; clean the data, or the "
+            "parameters"
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norms)
 
 
-def group_norm(
-    x: Tensor,
+def group_norm(  # noqa: PLR0917  # as torch names and orders them
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -36,11 +36,12 @@ def group_norm(
     Taken for several vectors at once, the double backward of the kernel of torch 2.6 fails for
     most shapes, and is another matrix for some.
     """
-    grouped = x.reshape(len(x), num_groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(input.dtype, torch.float32)
+    grouped = input.reshape(len(input), num_groups, -1).to(wide)
     centred = grouped - grouped.mean(-1, keepdim=True)
     scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = (centred * scale).reshape(x.shape).to(x.dtype)
-    of_channels = (1, -1, *[1] * (x.ndim - 2))
+    y = (centred * scale).reshape(input.shape).to(input.dtype)
+    of_channels = (1, -1, *[1] * (input.ndim - 2))
     y = y if weight is None else y * weight.view(of_channels)
     return y if bias is None else y + bias.view(of_channels)
 
@@ -61,15 +62,10 @@ def _batches_group_norm() -> bool:
     return torch.allclose(at_once, torch.stack(one_by_one))
 
 
-_FORMULAS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    torch._weight_norm: weight_norm,
-    F.group_norm: group_norm,
-    torch.group_norm: group_norm,
-}
+class Replacing(TorchFunctionMode):
+    """Inside, functions are replaced by their formulas, which a subclass lists."""
 
-
-class WithFormulas(TorchFunctionMode):
-    """Inside, the kernels are replaced by their formulas."""
+    formulas: ClassVar[Mapping[Callable[..., Any], Callable[..., Tensor]]]
 
     def __torch_function__(
         self,
@@ -78,8 +74,18 @@ class WithFormulas(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        formula: Callable[..., Any] = _FORMULAS.get(func, func)
+        formula: Callable[..., Any] = self.formulas.get(func, func)
         return formula(*args, **(kwargs or {}))
+
+
+class WithFormulas(Replacing):
+    """Inside, the kernels are replaced by these formulas."""
+
+    formulas: ClassVar = {
+        torch._weight_norm: weight_norm,
+        F.group_norm: group_norm,
+        torch.group_norm: group_norm,
+    }
 
 
 def needs_formulas(model: nn.Module) -> bool:

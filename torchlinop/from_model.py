@@ -16,6 +16,7 @@ from torchlinop.batches import Batch
 from torchlinop.choices import refuse_unknown
 from torchlinop.data import WeightedData, pinned_data, reread_data
 from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
+from torchlinop.losses.functions import refuse_unfit_function
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
 from torchlinop.losses.recognition import loss_of_output
 from torchlinop.model_state import BorrowedModel, Mode, unwrap
@@ -71,6 +72,7 @@ def objective_from_model(
     Raises:
         NoParametersError, ParameterError, OptionError, DataError, LossShapeError.
     """
+    refuse_unfit_function("loss_fn", loss_fn)
     refuse_bad_seed("seed", seed)
     refuse_bad_options(num_batches, microbatch_size, weight, weighting)
     known: Weighting | None = getattr(loss_fn, "weighting", None)
@@ -139,6 +141,7 @@ def output_objective(
     measurement.
     """
     refuse_unknown_options(options, ObjectiveOptions.__optional_keys__)
+    refuse_unfit_function("forward_fn", forward_fn)
     function = LossOfModel(forward_fn, loss_of_output(loss_of_output_fn))
     whole = objective_from_model(model, dataloader, function, of_samples=of_samples, **options)
     if of_samples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,10 +184,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def given_back(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of every module, and what its lists, sets and dicts hold.
 
-    Modes, parameters, buffers, submodules and hooks are such attributes.
+    Modes, parameters, buffers, submodules and hooks are such attributes. Lists within lists are
+    restored too; what other objects hold is not.
     """
     saved = [
-        (attributes, dict(attributes), [(c, copy.copy(c)) for c in _containers(attributes)])
+        (attributes, dict(attributes), [(c, _content(c)) for c in _containers(attributes)])
         for attributes in map(vars, model.modules())
     ]
     try:
@@ -204,7 +204,20 @@ def given_back(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:
-    return [value for value in attributes.values() if isinstance(value, dict | set | list)]
+    """The lists, sets and dicts among the values, and among what these hold, each once."""
+    found: list[Any] = [attributes]
+    known = {id(attributes)}
+    for container in found:  # which grows on the way
+        for value in container.values() if isinstance(container, dict) else container:
+            if isinstance(value, dict | set | list) and id(value) not in known:
+                known.add(id(value))
+                found.append(value)
+    return found[1:]
+
+
+def _content(container: Any) -> list[Any]:
+    """What fills it again: a module has a dozen containers, most of them empty, and copies cost."""
+    return list(container.items() if isinstance(container, dict) else container)
 
 
 @contextmanager

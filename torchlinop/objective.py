@@ -139,6 +139,10 @@ def scalar(loss: object) -> Tensor:
             f"loss_fn returned a {type(loss).__name__}, expected a scalar tensor; "
             "return its .loss if it is a model output, and no float"
         )
+    if loss.is_complex():
+        raise LossShapeError(
+            f"loss_fn returned {loss.dtype}, expected a real scalar; return its .real, or .abs()"
+        )
     if loss.numel() != 1:
         raise LossShapeError(
             f"loss_fn returned shape {tuple(loss.shape)}, expected a scalar. "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from torchlinop.dtypes import coarsest
 from torchlinop.errors import NoParametersError, ParameterError, VectorError
 
 ParamFilter = Callable[[str, nn.Parameter], bool]
@@ -152,7 +153,7 @@ class ParameterLayout:
     @property
     def precision(self) -> torch.dtype:
         """The dtype of the coarsest selected parameter: what products can be accurate to."""
-        return max((slot.dtype for slot in self.slots), key=lambda dtype: torch.finfo(dtype).eps)
+        return coarsest(slot.dtype for slot in self.slots)
 
     def split(self, theta: Tensor) -> dict[str, Tensor]:
         """A flat vector (n,) as the model's tensors: shape, dtype and device of each parameter.

@@ -18,7 +18,9 @@ from torchlinop.batches import (
     tree_map,
 )
 from torchlinop.checkpointing import noticed_packing
-from torchlinop.errors import NonFiniteError, SampleMixingError
+from torchlinop.dtypes import coarsest
+from torchlinop.errors import SampleMixingError
+from torchlinop.finiteness import refuse_non_finite_outputs
 from torchlinop.from_model import OutputObjective
 from torchlinop.losses.of_model import ForwardFn
 from torchlinop.objective import LossFn, Objective, scalar
@@ -53,11 +55,7 @@ def _probe(objective: Objective, of: ForwardFn, b: int, batch: Batch, samples: i
     """The rows of outputs of a sample, which are the same alone and in the batch."""
     with objective.evaluating(b, batch, of) as f, torch.no_grad():
         together = f(objective.theta)
-    if not torch.isfinite(together).all():
-        raise NonFiniteError(
-            f"the model's outputs on batch {b} hold NaN or infinity; clean the data, or the "
-            "parameters"
-        )
+    refuse_non_finite_outputs(together, b)
     rows = len(together) // samples if together.ndim else 0
     if rows == 0 or len(together) % samples:
         shape = tuple(together.shape)
@@ -75,14 +73,10 @@ def _probe(objective: Objective, of: ForwardFn, b: int, batch: Batch, samples: i
             shapes = f"of shape {tuple(within.shape)} in its batch, {tuple(alone.shape)} alone"
             raise SampleMixingError(_mixed(f"a sample has outputs {shapes}"))
         # Kernels for one row round otherwise; a dependence is seen at half the digits.
-        tolerance = torch.finfo(_coarser(alone.dtype, objective.layout.precision)).eps ** 0.5
+        tolerance = torch.finfo(coarsest([alone.dtype, objective.layout.precision])).eps ** 0.5
         if not (alone - within).abs().max() <= tolerance * together.abs().max():
             raise SampleMixingError(_mixed("a sample alone has other outputs than in its batch"))
     return rows
-
-
-def _coarser(*dtypes: torch.dtype) -> torch.dtype:
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def refuse_batch_statistics(objective: Objective) -> None:
@@ -120,7 +114,7 @@ def refuse_unexplained_loss(objective: Objective, losses: LossesOfSamples) -> No
         raise SampleMixingError(_mixed(f"a sample alone cannot be evaluated ({error})")) from error
     weighted = losses.weights(alone, batch) * alone
     # Kernels for one sample round otherwise; a dependence is seen at half the digits.
-    tolerance = torch.finfo(_coarser(whole.dtype, objective.layout.precision)).eps ** 0.5
+    tolerance = torch.finfo(coarsest([whole.dtype, objective.layout.precision])).eps ** 0.5
     if not (whole - weighted.sum()).abs() <= tolerance * (whole.abs() + weighted.abs().sum()):
         raise SampleMixingError(
             _mixed(

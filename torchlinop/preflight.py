@@ -45,8 +45,8 @@ class Preflight:
         ]
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def preflight(
@@ -147,10 +147,9 @@ def _gradient_facts(
 def _warn_unused(objective: Objective, unused: set[str]) -> None:
     layout = objective.layout
     entries = sum(slot.numel for slot in layout.slots if slot.name in unused)
-    names = sorted(unused)
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     warn_caller(
-        f"{len(names)} of {len(layout.slots)} tensors ({entries:,} of {layout.size:,} entries) do "
-        f"not influence the loss: {shown}. Their rows are zero; leave them out with param_filter.",
+        f"{len(unused)} of {len(layout.slots)} tensors ({entries:,} of {layout.size:,} entries) do "
+        f"not influence the loss: {_few(sorted(unused), 5)}. Their rows are zero; leave them out "
+        "with param_filter.",
         UnusedParameterWarning,
     )

@@ -19,10 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from torchlinop.dtypes import dtype_named, name_of
 from torchlinop.errors import OptionError
 from torchlinop.piece import Piece, in_common, placed
 from torchlinop.run_store import LATEST
-from torchlinop.tensor_file import dtype_named, intact, name_of
+from torchlinop.tensor_file import intact
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchlinop.dtypes import dtype_named, name_of
 from torchlinop.errors import OptionError, TorchlinopError
 from torchlinop.parameters import ParameterLayout, Slot
 
@@ -126,19 +127,6 @@ def layout_from_json(written: Mapping[str, Any] | None) -> ParameterLayout | Non
         for names, shape, offset, dtype, device in written["slots"]
     ]
     return ParameterLayout(tuple(slots), tuple(written["frozen"]), tuple(written["filtered"]))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """``"float32"`` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The way back; TypeError for the name of something else."""
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name!r} is no dtype")
-    return dtype
 
 
 def _safetensors() -> ModuleType:

@@ -1,5 +1,6 @@
 """Traces are within their error bars, exact where they can be, and cost what was granted."""
 
+import functools
 import math
 
 import numpy as np
@@ -41,10 +42,16 @@ def decaying(n=200):
     return MatrixOperator(with_spectrum(spectra.polynomial(n))[0])
 
 
-@pytest.fixture(scope="module")
-def rotated():
-    """Matrices with these spectra, made once."""
-    return {name: MatrixOperator(with_spectrum(x)[0]) for name, x in SPECTRA.items()}
+@functools.cache
+def rotated(name):
+    """A matrix with this spectrum."""
+    return MatrixOperator(with_spectrum(SPECTRA[name])[0])
+
+
+@functools.cache
+def result_of(spectrum, num_matvecs, method, seed):
+    """Several tests ask something of the same runs."""
+    return trace(rotated(spectrum), num_matvecs, method=method, seed=seed)
 
 
 # Mean of |error| / Σ|λ| over 200 trials, n = 1000, of an implementation that shares no code with
@@ -75,10 +82,10 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("spectrum", "method", "num_matvecs", "published"), PUBLISHED)
 def test_errors_are_those_of_the_literature_and_within_error_bars(
-    rotated, spectrum, method, num_matvecs, published
+    spectrum, method, num_matvecs, published
 ):
-    op, truth = rotated[spectrum], float(SPECTRA[spectrum].sum())
-    results = [trace(op, num_matvecs, method=method, seed=seed) for seed in range(30)]
+    truth = float(SPECTRA[spectrum].sum())
+    results = [result_of(spectrum, num_matvecs, method, seed) for seed in range(30)]
     errors = np.array([result.estimate - truth for result in results])
     stderrs = np.array([result.stderr for result in results])
     mean = np.abs(errors).mean() / float(SPECTRA[spectrum].abs().sum())
@@ -99,23 +106,21 @@ def test_two_standard_errors_cover_the_truth_in_nine_tenths_of_cases(method, mos
 
 
 @pytest.mark.parametrize("spectrum", ["poly", "slowexp", "fastexp", "neural"])
-def test_xtrace_is_better_than_hutch_plus_plus_is_better_than_hutchinson(rotated, spectrum):
-    op, truth = rotated[spectrum], float(SPECTRA[spectrum].sum())
+def test_xtrace_is_better_than_hutch_plus_plus_is_better_than_hutchinson(spectrum):
+    truth = float(SPECTRA[spectrum].sum())
     errors = [
-        np.mean([abs(trace(op, 60, method=m, seed=s).estimate - truth) for s in range(20)])
+        np.mean([abs(result_of(spectrum, 60, m, s).estimate - truth) for s in range(20)])
         for m in ("xtrace", "hutch++", "hutchinson")
     ]
     assert errors == sorted(errors)
 
 
-def test_errors_of_hutch_plus_plus_fall_with_the_products_and_of_hutchinson_with_their_root(
-    rotated,
-):
-    op, truth = rotated["poly"], float(SPECTRA["poly"].sum())
+def test_errors_of_hutch_plus_plus_fall_with_the_products_and_of_hutchinson_with_their_root():
+    truth = float(SPECTRA["poly"].sum())
 
     def slope(method):
         errors = [
-            np.mean([abs(trace(op, m, method=method, seed=s).estimate - truth) for s in range(20)])
+            np.mean([abs(result_of("poly", m, method, s).estimate - truth) for s in range(20)])
             for m in (24, 120)
         ]
         return math.log(errors[1] / errors[0]) / math.log(120 / 24)

@@ -52,11 +52,11 @@ def memory_here(matrix: str, workload: str, candidate: str, device: torch.device
     start_peak(device)
     product = chosen.build(w)
     product(V)
-    wait(V)
+    wait(V.device)
     first = peak_bytes(device)
     start_peak(device)
     product(V)
-    wait(V)
+    wait(V.device)
     second = peak_bytes(device)
     return {
         "peak": max(first, second) - before,

@@ -83,7 +83,7 @@ def test_a_file_will_do_in_place_of_a_module(tmp_path, capsys):
     ("spec", "sentence"),
     [
         ("no_such_module_here:build", "could not import 'no_such_module_here': ModuleNotFound"),
-        ("no_such_file.py:build", "could not import 'no_such_file.py': FileNotFoundError"),
+        ("no_such_file.py:build", "could not import 'no_such_file.py': ModuleNotFoundError: no fi"),
         ("MODULE", "expected MODULE:FUNCTION or FILE.py:FUNCTION, got"),
         ("MODULE:", "expected MODULE:FUNCTION or FILE.py:FUNCTION, got"),
         ("MODULE:nope", "expected a function 'nope' in"),
@@ -107,6 +107,7 @@ def test_a_bad_spec_is_one_sentence_and_code_2(spec, sentence, module, capsys):
         (["--out", "."], "error: . is a folder; give the name of a file"),
         (["--out", __file__], "exists; pass --overwrite, or the name of another file"),
         (["--html", "/no/such/folder/out.html"], "no folder /no/such/folder to write out.html"),
+        (["--html", "a.html", "--out", "a.html"], "--html and --out are both a.html; give two"),
     ],
 )
 def test_a_bad_option_is_one_sentence_and_code_2(options, sentence, module, capsys):

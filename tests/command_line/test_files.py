@@ -1,7 +1,6 @@
 """Files are refused before the run, written whole, and never replaced unasked."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,8 @@ def test_what_is_saved_is_what_was_printed(command, spec, tmp_path, capsys):
     [
         ("no/a.safetensors", "no folder"),
         ("/proc/a.safetensors", "cannot write into /proc ("),
-        ("a.json", "expected a file that ends in .safetensors, got"),
+        ("a.json", "; name it result.safetensors, say"),
+        ("/", "expected a file that ends in .safetensors, got '/'"),
         ("folder.safetensors", "is a folder; give the name of a file"),
         ("there.safetensors", "exists; pass --overwrite, or the name of another file"),
     ],
@@ -168,10 +168,7 @@ def test_a_result_without_a_picture_says_so(tmp_path, capsys):
 
 
 def test_json_has_no_number_that_json_has_not(spec, tmp_path, capsys):
-    result = trace(A, 30)
-    assert result.stderr == 0
     assert main(["trace", spec(EYE), "--max-matvecs", "1", "--json"]) == 0
     out = capsys.readouterr().out
-    assert math.isinf(float("inf"))
     assert json.loads(out)["stderr"] is None  # of one sample, infinite
     assert out.count("\n") == 1

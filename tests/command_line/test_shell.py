@@ -101,6 +101,17 @@ def test_results_are_on_stdout_and_nothing_is_on_stderr(shell):
     assert len(json.loads(done.stdout)["eigenvalues"]) == 3
 
 
+def test_a_reader_that_is_gone_does_not_cost_the_result(folder):
+    words = ["eigs", "my_model.py:build", "-k", "3", "--out", "read.safetensors"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "torchlinop", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=folder, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert len(load_result(folder / "read.safetensors")) == 3
+
+
 def test_a_module_of_this_folder_is_found_and_bad_input_is_one_sentence(shell):
     done = shell("trace", "my_model:nothing")
     assert (done.returncode, done.stdout) == (2, "")

@@ -161,6 +161,10 @@ WRONG = {
     "torch.ones(2, 3)": "expected",
     "(model, [], F.cross_entropy)": "the data gave no batches",
     "(model, data, lambda x: x)": "takes",
+    "(model, data, nn.MSELoss)": "got the class MSELoss; return one of it, MSELoss()",
+    "(model, 'data.pt', F.mse_loss)": "expected the data of build() to be batches, got a str",
+    "(nn.MSELoss(), data, model)": "expected the model of build() to be a torch.nn.Module, got",
+    "{'net': model, 'data': data}": "to have the keys model, data and loss, got net, data; see",
 }
 
 
@@ -236,6 +240,14 @@ def test_a_function_of_outputs_and_targets_is_told_how_it_was_called(spec, capsy
     error = capsys.readouterr().err
     assert "error: loss(model, batch) raised " in error
     assert 'return a dict with "forward", for one of (outputs, targets) a module' in error
+
+
+@pytest.mark.parametrize("source", ["import not_there_at_all", "def build(:"])
+def test_a_file_that_is_there_and_cannot_be_imported_is_not_looked_for(source, spec, capsys):
+    assert main(["trace", spec(source)]) == 2
+    error = capsys.readouterr().err
+    assert "could not import" in error
+    assert error.endswith("; pass --verbose to see where\n")
 
 
 def test_verbose_shows_what_build_raised(spec, capsys):

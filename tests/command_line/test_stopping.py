@@ -174,6 +174,14 @@ def test_a_run_of_other_options_is_not_gone_on_with(stopped, capsys):
     assert (out.read_bytes(), state.read_bytes()) == before
 
 
+def test_a_run_of_another_algorithm_is_not_gone_on_with(stopped, capsys):
+    (_, made, *_), out, state = stopped
+    assert main(["density", made, "--out", str(out), "--resume"]) == 2
+    assert f"{state} is of algorithm=lanczos, expected algorithm=slq; pass" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_run_of_another_matrix_is_not_gone_on_with(stopped, spec, capsys):
     words, _, _ = stopped
     other = spec(source().replace("neural(300)", "neural(300).flip(0) * 2"))

@@ -54,6 +54,14 @@ def test_blocks_are_the_diagonal_blocks_of_the_dense_matrix_in_the_order_of_the_
         torch.testing.assert_close(block.to_dense(), dense[I][:, I], rtol=1e-12, atol=1e-15)
 
 
+def test_parameters_without_entries_are_no_blocks():
+    model = nn.Linear(3, 2)
+    model.empty = nn.Parameter(torch.zeros(0))
+    H = HessianOperator(model, torch.ones(1, 3), lambda m, x: m(x).square().sum() + m.empty.sum())
+    assert list(H.blocks()) == ["weight", "bias"]
+    torch.testing.assert_close(BlockDiagonalOperator.of(H).to_dense()[:6, :6], H.to_dense()[:6, :6])
+
+
 def test_a_block_keeps_the_names_of_its_parameters():
     block = hessian().blocks("module")["2"]
     assert block.layout.names == ("2.weight", "2.bias")

@@ -81,6 +81,8 @@ class Checkpoint:
         with intact(self.path):
             theirs, ours = dict(header["of"]), self.fingerprint
         different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if "algorithm" in different:
+            different = ["algorithm"]  # whose options are others
         if different:
             raise OptionError(
                 f"checkpoint {self.path} is of {_listed(theirs, different)}, expected "

@@ -183,9 +183,13 @@ class Quadrature(Result):
 
     @property
     def bulk(self) -> tuple[float, float]:
-        """The central 98 % of the weight outside of atoms; the heaviest atom if there is none."""
+        """The central 98 % of the weight outside of atoms.
+
+        The heaviest atom, if that is less than half an eigenvalue: copies of atoms under way.
+        """
         atoms, rest = self._atoms_and_rest
-        if not rest.any():
+        outside = float(self._ritz.weights[rest].sum()) / self.num_probes
+        if self.size * outside < 0.5:
             heaviest = float(atoms.values[atoms.masses.argmax()])
             return heaviest, heaviest
         order = self._ritz.nodes[rest].argsort()

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchlinop.dtypes import dtype_named, name_of
 from torchlinop.errors import OptionError
 from torchlinop.parameters import ParameterLayout
 from torchlinop.tensor_file import (
-    dtype_named,
     intact,
     layout_as_json,
     layout_from_json,
-    name_of,
     read,
     write,
 )

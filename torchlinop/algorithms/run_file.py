@@ -50,7 +50,7 @@ def _checkpoint(path: str | Path, request: Request, seed: int) -> Checkpoint:
             'checkpoint, or take reorthogonalize="full"'
         )
     options = {
-        "run of": "lanczos",
+        "algorithm": "lanczos",
         "n": request.op.size,
         "dtype": request.op.dtype,
         "k": request.k,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchlinop.bench.peaks import free, peak_above
 from torchlinop.bench.records import Record
-from torchlinop.bench.stages import Setting, Stage
+from torchlinop.bench.stages import Setting, Stage, failure_of
 from torchlinop.bench.tables import middle
 from torchlinop.bench.timing import seconds
 from torchlinop.losses import fused_cross_entropy
@@ -113,8 +113,7 @@ def _failure(backend: str, product: Product, u: Tensor) -> str:
     try:
         product(u)
     except Exception as error:  # of compilers, whatever they raise
-        lines = str(error).strip().splitlines() or ["no message"]
-        return f"fails: {type(error).__name__}: {lines[0][:200]}"
+        return failure_of(error)
     return "does not compile here" if backend in fused_cross_entropy._failed else ""
 
 

@@ -27,7 +27,8 @@ from torchlinop.bench.clock import Clock, TimeSpentError
 from torchlinop.bench.gpu_workloads import WORKLOADS
 from torchlinop.bench.peaks import free, peak_above
 from torchlinop.bench.records import Record
-from torchlinop.bench.stages import Setting, Stage
+from torchlinop.bench.stages import Setting, Stage, failure_of
+from torchlinop.bench.timing import wait
 from torchlinop.operators.base import CurvatureOperator
 
 TOL = 1e-4
@@ -196,19 +197,12 @@ def _measure(run: Runs, way: Way, H: CurvatureOperator, request: Request, clock:
         run.failure = "" if run.seconds else "the time of this stage was spent"
         return
     except Exception as error:  # of solvers, whatever they raise
-        lines = str(error).strip().splitlines() or ["no message"]
-        run.failure = f"fails: {type(error).__name__}: {lines[0][:200]}"
+        run.failure = failure_of(error)
         return
     values = values.to(H.device, H.dtype)
     run.products, run.value = op.columns, float(values.min())
     run.residual = float(((H.matmat(X) - X * values).norm(dim=0) / values.abs()).max())
     run.seconds.append(seconds)
-
-
-def wait(device: torch.device) -> None:
-    """Until all work is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _bus_bytes(way: Way, op: Watched, request: Request) -> dict[str, int]:

@@ -33,7 +33,7 @@ from torchlinop.bench.candidates import (
 from torchlinop.bench.gpu_workloads import WORKLOADS
 from torchlinop.bench.peaks import free, peak_above
 from torchlinop.bench.records import Record
-from torchlinop.bench.stages import Setting, Stage
+from torchlinop.bench.stages import Setting, Stage, failure_of
 from torchlinop.bench.tables import middle
 from torchlinop.bench.timing import seconds, wait
 from torchlinop.bench.variants import COMPILED, EAGER, variants
@@ -165,8 +165,7 @@ def _found(setting: Setting, subject: Subject, entry: Entry) -> Mapping[str, Any
     except ImportError as error:
         return {"failure": f"not installed ({error.name})"}
     except Exception as error:  # of peers, compilers and the device, whatever they raise
-        lines = str(error).strip().splitlines() or ["no message"]
-        return {"failure": f"fails: {type(error).__name__}: {lines[0][:200]}"}
+        return {"failure": failure_of(error)}
 
 
 def _prices(setting: Setting, subject: Subject, entry: Entry) -> Mapping[str, Any]:
@@ -177,7 +176,7 @@ def _prices(setting: Setting, subject: Subject, entry: Entry) -> Mapping[str, An
         Av = product(block)[:, 0].clone()
         for _ in range(0 if setting.tiny else WARM - 1):
             product(block)
-        wait(block)
+        wait(block.device)
         started = time.perf_counter() - start
         most = peak()
     reference = subject.references.setdefault(entry.matrix, Av)

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchlinop.json_value import json_value
+
 Record = Mapping[str, Any]
 
 
 def append(path: Path, record: Record) -> None:
     """Write one record. NaN and infinity are no JSON, and become null."""
     with path.open("a") as file:
-        file.write(json.dumps(_finite(dict(record)), allow_nan=False) + "\n")
+        file.write(json.dumps(json_value(record), allow_nan=False) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -22,13 +24,3 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

@@ -32,3 +32,9 @@ class Stage:
     @property
     def name(self) -> str:
         return f"{self.section}:{self.subject}"
+
+
+def failure_of(error: Exception) -> str:
+    """What a record says of what was raised, by whatever was measured."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"fails: {type(error).__name__}: {lines[0][:200]}"

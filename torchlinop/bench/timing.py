@@ -95,7 +95,7 @@ def disagreement(name: str, Av: Tensor, reference: Tensor) -> float:
 
 def seconds(product: Product, V: Tensor, calls: int) -> float:
     """Of one call, averaged; by events of the device where there is one."""
-    wait(V)
+    wait(V.device)
     if V.is_cuda:
         return _seconds_of_device(product, V, calls)
     start = time.perf_counter()
@@ -116,10 +116,10 @@ def _seconds_of_device(product: Product, V: Tensor, calls: int) -> float:
     return milliseconds / 1000 / calls
 
 
-def wait(V: Tensor) -> None:
-    """Until the device of V has done its work."""
-    if V.is_cuda:
-        torch.cuda.synchronize(V.device)
+def wait(device: torch.device) -> None:
+    """Until it has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         refuse_existing(path, options.overwrite)
         refuse_unwritable(path)
     if options.html is not None and options.html == options.out:
-        raise OptionError(f"--html and --out are both {options.out}; give them two names")
+        raise OptionError(f"--html and --out are both {options.out}; give two names")
     from torchlinop.compare import compare  # noqa: PLC0415  # takes a second, of no use elsewhere
 
     found = compare(

@@ -74,18 +74,23 @@ def _of_tuple(made: tuple[Any, ...]) -> Parts:
 
 
 def _checked(parts: Parts) -> Parts:
-    if not isinstance(parts.model, nn.Module):
+    if not isinstance(parts.model, nn.Module) or is_of_torch(parts.model):
         raise OptionError(
             f"expected the model of build() to be a torch.nn.Module, got a "
             f"{type(parts.model).__name__}; return (model, data, loss)"
         )
     for name, value in (("loss", parts.loss), ("forward", parts.forward)):
+        if isinstance(value, type):
+            raise OptionError(
+                f"expected the {name} of build() to be a function, got the class {value.__name__}; "
+                f"return one of it, {value.__name__}()"
+            )
         if value is not None and not callable(value):
             raise OptionError(
                 f"expected the {name} of build() to be a function, got a {type(value).__name__}; "
                 "see torchlinop eigs --help"
             )
-    if parts.data is None or callable(parts.data):
+    if parts.data is None or isinstance(parts.data, str) or callable(parts.data):
         raise OptionError(
             f"expected the data of build() to be batches, got a {type(parts.data).__name__}; "
             "return a DataLoader, a list of batches, or one batch"
@@ -210,6 +215,11 @@ def _given(made: Any, options: argparse.Namespace) -> CurvatureOperator:
 def _as_operator(made: Any) -> CurvatureOperator:
     if isinstance(made, CurvatureOperator):
         return made
+    if isinstance(made, Mapping):
+        raise OptionError(
+            "expected the dict of build() to have the keys model, data and loss, got "
+            f"{', '.join(map(str, made)) or 'none'}; see torchlinop eigs --help"
+        )
     if not hasattr(made, "shape"):
         raise OptionError(
             "expected build() to return (model, data, loss), a dict of these, or an operator, got "

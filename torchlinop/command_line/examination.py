@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchlinop.batches import Batch, count_samples, is_one_batch, read, tensors
 from torchlinop.command_line.curvature import Parts
 from torchlinop.command_line.findings import Finding, Level, examining
+from torchlinop.dtypes import name_of
 from torchlinop.model_state import unwrap
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.check import CheckReport
@@ -26,7 +27,7 @@ def of_model(model: nn.Module) -> Iterator[Finding]:
     """Wrappers, dtypes, numbers that are not finite."""
     module = unwrap(model)
     parameters = dict(module.named_parameters())
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
+    kinds = sorted({name_of(p.dtype) for p in parameters.values()})
     entries = sum(p.numel() for p in parameters.values())
     text = f"{type(module).__name__}: {len(parameters)} parameters, {entries:,} entries"
     yield Finding("ok", "model", f"{text} in {', '.join(kinds)}")

@@ -71,11 +71,10 @@ def _module(where: str) -> ModuleType:
             sys.path.insert(0, "")
         return importlib.import_module(where)
     except (Exception, SystemExit) as error:
-        missing = isinstance(error, FileNotFoundError | ModuleNotFoundError)
-        elsewhere = missing and (error.name is None or where.startswith(error.name))
+        absent = isinstance(error, ModuleNotFoundError) and where.startswith(error.name or where)
         raise OptionError(
             f"could not import {where!r}: {type(error).__name__}: {error}; "
-            + (_ELSEWHERE if elsewhere else "pass --verbose to see where")
+            + (_ELSEWHERE if absent else "pass --verbose to see where")
         ) from error
 
 
@@ -84,7 +83,7 @@ def _of_file(path: Path) -> ModuleType:
     name = path.stem if path.stem not in sys.modules else f"spec_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise ModuleNotFoundError(f"no file {path}")
     sys.path.insert(0, str(path.absolute().parent))  # as Python does for a script
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

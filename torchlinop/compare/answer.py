@@ -11,6 +11,7 @@ from torch import Tensor
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.errors import NonFiniteError, VectorError
 from torchlinop.space import VectorSpace
+from torchlinop.testing.spectra import places_wanted
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class Answer:
 
     def most_wanted(self, k: int, which: str) -> Answer:
         """The first k for ``which``, all that is claimed of them included."""
-        values = self.eigenvalues.real
-        keys = {"LA": -values, "SA": values, "LM": -self.eigenvalues.abs()}[which]
-        order = keys.argsort()[:k]
+        order = places_wanted(self.eigenvalues, which, k)
         claims = (self.residuals, self.converged, self.bounds)
         residuals, converged, bounds = (None if c is None else c[order] for c in claims)
         return Answer(

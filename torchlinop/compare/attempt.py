@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchlinop.compare.timed_operator import SolverHangs, TimedOperator
 from torchlinop.compare.watch import watched
+from torchlinop.random_state import preserved_random_state, reseed
 
 _LONG = 110  # letters of a reason
 
@@ -62,12 +62,6 @@ def _first_line(message: str) -> str:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """For solvers that draw from global generators, which are as before afterwards."""
-    state = np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)
+    with preserved_random_state(device):
+        reseed(seed, device)
+        yield

@@ -19,7 +19,6 @@ from torchlinop.compare.request import End, Request
 from torchlinop.compare.subject import Subject, Truth, subjects_of
 from torchlinop.compare.sweep import Measures, facts_of, seeds_of, sweep
 from torchlinop.errors import OptionError
-from torchlinop.operators.base import CurvatureOperator
 
 _PRODUCTS_A_PAIR = 100
 
@@ -93,7 +92,6 @@ def compare(
         runs = [run(candidate, subject, request.of_seed(seed)) for seed in numbers]
         ends = not any(r.hung for r in runs)
         held = usage(candidate, subject, first) if memory and ends else None
-        vector = _vector(subject.operator)
         row = EigenRow.of(
             subject.name,
             candidate.name,
@@ -101,7 +99,7 @@ def compare(
             k=k,
             tolerated=max(1e-3, 10 * request.tol) if subject.symmetric else math.inf,
             usage=held,
-            vector=vector,
+            vector=subject.operator.size * subject.operator.dtype.itemsize,
         )
         return row, history(candidate, subject, first, runs[0]) if histories and ends else None
 
@@ -142,10 +140,6 @@ def _request(
         smallest=subject.smallest(k, which),
         norm=subject.largest(),
     )
-
-
-def _vector(A: CurvatureOperator) -> int:
-    return A.size * torch.empty((), dtype=A.dtype).element_size()
 
 
 NOTES = (

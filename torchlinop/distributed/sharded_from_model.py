@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchlinop.batches import Batch
 from torchlinop.distributed import torch_private
 from torchlinop.distributed.agreement import agreed
+from torchlinop.distributed.direct_use import refuse_direct_use
 from torchlinop.distributed.rank_data import DataRanks, DataSource, rank_data
 from torchlinop.distributed.replicas import DRIFT, refuse_different_replicas
 from torchlinop.distributed.sharded_layout import ShardedLayout
@@ -152,6 +153,8 @@ def sharded_objective(
         objective = ShardedObjective(
             function, borrowed, layout, space, data, ranks, group, averages
         )
+        if averages:
+            refuse_direct_use(objective)
         if not pin_data and space.agree(checks_wanted()):
             precision = layout.layout.precision
             refuse_changing_data(objective.loss, data.batches, precision, space.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -29,8 +29,9 @@ from torchlinop.random_state import preserved_random_state, reseed
 class ShardedModel:
     """Evaluates a sharded model at θ, in a given mode, with its buffers as they were.
 
-    θ, a copy of the shards of this rank, and the buffers are those of the construction: the
-    matrix stays the same while the user goes on training.
+    θ, a copy of the shards of this rank, other parameters that are trained, and the buffers are
+    those of the construction: the matrix stays the same while the user goes on training. Frozen
+    parameters are used where they are.
     """
 
     def __init__(self, module: nn.Module, layout: ShardedLayout, mode: Mode, seed: int) -> None:
@@ -44,13 +45,18 @@ class ShardedModel:
         self.device = layout.layout.slots[0].device
         torch_private.reshard(module)
         self.theta = layout.flatten(self.parameters())
+        others = self._named(layout.layout.filtered)
+        self._others = {name: _local(p).detach().clone() for name, p in others.items()}
         buffers = module.named_buffers(remove_duplicate=False)
         self._buffers = {name: buffer.detach().clone() for name, buffer in buffers}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The selected parameters by name, sharded."""
+        return self._named(self.layout.names)
+
+    def _named(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         named = dict(self.module.named_parameters(remove_duplicate=False))
-        return {name: named[name] for name in self.layout.names}
+        return {name: named[name] for name in names}
 
     @contextmanager
     def borrowed(self, mode: Mode | None = None) -> Iterator[None]:
@@ -61,6 +67,7 @@ class ShardedModel:
             stack.enter_context(torch_private.own_reductions(self.module))
             stack.enter_context(given_back(self.module))
             stack.enter_context(self._only_selected())
+            stack.enter_context(_without_hooks(self.module))
             stack.enter_context(preserved_random_state(self.device))
             stack.enter_context(twice_differentiable(self.module, self.device))
             stack.enter_context(WithForwardFormulas())
@@ -83,7 +90,7 @@ class ShardedModel:
         """Put a local vector into the shards; what they hold of it, as they round it."""
         torch_private.reshard(self.module)
         shards = self.layout.split(theta)
-        self._write(shards, shards)
+        self._write(shards)
         return self.layout.flatten(shards)
 
     def take_gradients(self) -> Tensor:
@@ -102,30 +109,27 @@ class ShardedModel:
 
     @contextmanager
     def _at_theta(self) -> Iterator[None]:
-        """θ in the shards; what the user has put there since, bit by bit, afterwards."""
-        theta = self.layout.split(self.theta)
-        moved = {
-            name: _local(parameter).detach().clone()
-            for name, parameter in self.parameters().items()
-            if not torch.equal(_local(parameter), theta[name])
-        }
-        self._write(theta, moved)
+        """What is differentiated at in the shards; what the user has put there since, bit by bit,
+        afterwards.
+        """
+        fixed = {**self._others, **self.layout.split(self.theta)}
+        before = {name: _local(p).detach() for name, p in self._named(fixed).items()}
+        moved = {n: t.clone() for n, t in before.items() if not torch.equal(t, fixed[n])}
+        self._write({name: fixed[name] for name in moved})
         try:
             yield
         finally:
             torch_private.reshard(self.module)
-            now = self.layout.split(self.theta)
-            self._write({**now, **moved}, now)
+            self._write({**self.layout.split(self.theta), **moved})
 
-    def _write(self, shards: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> None:
+    def _write(self, shards: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.parameters().items():
-                if name in names:
-                    _local(parameter).copy_(shards[name])
+            for name, parameter in self._named(shards).items():
+                _local(parameter).copy_(shards[name])
 
     @contextmanager
     def _only_selected(self) -> Iterator[None]:
-        """Gradients of the selected parameters alone; the user's are put aside."""
+        """Gradients of the selected parameters alone; the user's, and hooks on them, put aside."""
         selected = {id(parameter) for parameter in self.parameters().values()}
         others = [p for p in self.module.parameters() if p.requires_grad and id(p) not in selected]
         gradients = [(p, p.grad) for p in self.module.parameters() if p.grad is not None]
@@ -143,6 +147,25 @@ class ShardedModel:
                 p.grad = None
             for p, gradient in gradients:
                 p.grad = gradient
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """No hook on a parameter is called: an optimizer in the backward pass would take a step."""
+    of_parameters = [
+        hooks
+        for p in module.parameters()
+        for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
+        if hooks
+    ]
+    before = [dict(hooks) for hooks in of_parameters]
+    for hooks in of_parameters:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, content in zip(of_parameters, before, strict=True):
+            hooks.update(content)
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -64,7 +64,7 @@ def unclear(batch: Batch) -> BatchError:
     """The error for a batch whose parts have no names known here."""
     return BatchError(
         f"could not tell inputs from targets in {describe(batch)}. Give loss_fn(model, batch), "
-        "or forward_fn and loss_of_output_fn."
+        "or forward_fn and loss_of_output_fn; a list holds batches, [(inputs, targets)]."
     )
 
 

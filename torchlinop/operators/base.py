@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchlinop.dtypes import name_of
 from torchlinop.errors import NoParametersError, OptionError, VectorError
 from torchlinop.operators.check import CheckReport, check
 from torchlinop.operators.damping import finite_number
@@ -173,8 +174,10 @@ class CurvatureOperator(ABC):
 
     def __repr__(self) -> str:
         n = f"{self.size:,}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        facts = [f"{type(self).__name__} {n}x{n} {dtype} {self.device}", *self.description]
+        facts = [
+            f"{type(self).__name__} {n}x{n} {name_of(self.dtype)} {self.device}",
+            *self.description,
+        ]
         return f"<{' | '.join(facts)}>"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchlinop.batches import Batch, count_samples
 from torchlinop.from_model import ObjectiveOptions, objective_from_model, output_objective
 from torchlinop.losses.base import LossOfOutput, OutputMap
+from torchlinop.losses.functions import refuse_unfit_function
 from torchlinop.losses.of_model import ForwardFn, LossOfModel
 from torchlinop.losses.recognition import loss_of_output
 from torchlinop.objective import Objective, scalar
@@ -77,6 +78,8 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         **options: Unpack[ProductOptions],
     ) -> None:
         plan, rest = planned(options)
+        name = "loss_fn" if loss_of_output_fn is None else "forward_fn"
+        refuse_unfit_function(name, loss_fn)
         if not per_sample:
             pieces = _of_batches(model, dataloader, loss_fn, loss_of_output_fn, rest)
         elif loss_of_output_fn is None:

@@ -23,7 +23,7 @@ _GROUPINGS: dict[str, Callable[[str, Slot], str]] = {
 
 
 def grouped(layout: ParameterLayout, by: Grouping) -> dict[str, tuple[Slot, ...]]:
-    """The slots of every label, labels in the order of the layout.
+    """The slots of every label, labels in the order of the layout; those without entries are none.
 
     Raises:
         OptionError: ``by`` is none of the choices, or gives a label that is no string.
@@ -35,7 +35,7 @@ def grouped(layout: ParameterLayout, by: Grouping) -> dict[str, tuple[Slot, ...]
             "or a function (name, slot) -> label"
         )
     groups: dict[str, tuple[Slot, ...]] = {}
-    for slot in layout.slots:
+    for slot in (slot for slot in layout.slots if slot.numel):
         label = label_of(slot.name, slot)
         if not isinstance(label, str):
             raise OptionError(

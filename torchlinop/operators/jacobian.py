@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchlinop.batches import Batch
 from torchlinop.compiled import Step, as_programs
 from torchlinop.derivatives import Derivative, Function, Linearized
-from torchlinop.errors import NonFiniteError
+from torchlinop.finiteness import refuse_non_finite_outputs
 from torchlinop.from_model import objective_from_model
+from torchlinop.losses.functions import refuse_unfit_function
 from torchlinop.losses.of_model import ForwardFn, outputs_of
 from torchlinop.operators.of_objective import (
     ProductOptions,
@@ -78,6 +79,7 @@ class JacobianOperator(RectangularOperator):
         **options: Unpack[ProductOptions],
     ) -> None:
         plan, rest = planned(options)
+        refuse_unfit_function("forward_fn", forward_fn)
         outputs = _Outputs(forward_fn)
         # Every output is a row, whatever the batches count.
         rest["weighting"], rest["weight"] = "batch-mean", None
@@ -105,11 +107,7 @@ class JacobianOperator(RectangularOperator):
     def _count(self, b: int, batch: Batch) -> int:
         with self.objective.evaluating(b, batch, self._of) as f, torch.no_grad():
             outputs = f(self.objective.theta)
-        if not torch.isfinite(outputs).all():
-            raise NonFiniteError(
-                f"the model's outputs on batch {b} hold NaN or infinity; clean the data, or the "
-                "parameters"
-            )
+        refuse_non_finite_outputs(outputs, b)
         return outputs.numel()
 
     def _matmat(self, V: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchlinop.dtypes import name_of
 from torchlinop.operators.product import dense, of_block, of_vector
 from torchlinop.space import VectorSpace
 
@@ -96,8 +97,10 @@ class RectangularOperator(ABC):
 
     def __repr__(self) -> str:
         m, n = self.shape
-        dtype = str(self.dtype).removeprefix("torch.")
-        facts = [f"{type(self).__name__} {m:,}x{n:,} {dtype} {self.device}", *self.description]
+        facts = [
+            f"{type(self).__name__} {m:,}x{n:,} {name_of(self.dtype)} {self.device}",
+            *self.description,
+        ]
         return f"<{' | '.join(facts)}>"
 
 

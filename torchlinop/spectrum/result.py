@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.result import Result
+from torchlinop.dtypes import name_of
 
 _SHOWN = 5  # eigenvalues in a repr
 
@@ -111,7 +112,7 @@ class SpectrumResult(Result, Mapping[str, Any]):
 def _plain(value: Any) -> Any:
     """Tensors and tuples as lists, and a dtype as its name."""
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return name_of(value)
     if isinstance(value, Tensor):
         return value.tolist()
     return list(value) if isinstance(value, tuple) else value

@@ -9,20 +9,19 @@ matrices.
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchlinop.algorithms.lanczos import lanczos
 from torchlinop.errors import NotConvergedWarning
 from torchlinop.operators.base import CurvatureOperator
+from torchlinop.random_state import preserved_random_state, reseed
 from torchlinop.testing.trial import Trial, sizes
 
 _WIDTH = 8  # random columns at once
@@ -98,18 +97,9 @@ def _assert_repeated(  # noqa: PLR0917  # one for each word of the sentence
 @contextmanager
 def _global_seeds(seed: int, device: torch.device) -> Iterator[None]:
     """Other global random numbers of torch, NumPy and Python, for the duration."""
-    numpys, pythons = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-        finally:
-            np.random.set_state(numpys)
-            random.setstate(pythons)
+    with preserved_random_state(device):
+        reseed(seed % 2**32, device)  # NumPy takes no larger ones
+        yield
 
 
 def assert_linear(A: Any, *, rtol: float | None = None, seed: int = 0, **how: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -219,9 +221,13 @@ def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
     The eigenvectors are Haar distributed: the Q of a Gaussian matrix with R's diagonal positive.
     """
-    generator = torch.Generator().manual_seed(seed)
-    n = len(eigenvalues)
-    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    Q = (Q * R.diagonal().sign()).to(eigenvalues.dtype)
+    Q = _haar(len(eigenvalues), seed).to(eigenvalues.dtype, copy=True)
     A = (Q * eigenvalues) @ Q.T
     return (A + A.T) / 2, Q
+
+
+@functools.lru_cache(maxsize=2)  # tests ask for one size again and again
+def _haar(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal().sign()

@@ -88,11 +88,17 @@ def semicircle(n: int) -> Tensor:
 
 
 def wanted(eigenvalues: Tensor, which: str, k: int) -> Tensor:
-    """The k of these eigenvalues at the LA, SA or LM end, the most wanted first.
+    """The k of these eigenvalues at the LA, SA or LM end, the most wanted first."""
+    return eigenvalues[places_wanted(eigenvalues, which, k)]
+
+
+def places_wanted(eigenvalues: Tensor, which: str, k: int) -> Tensor:
+    """Where these k are: (k,).
 
     Raises:
         OptionError: another end.
     """
-    keys = {"LA": -eigenvalues, "SA": eigenvalues, "LM": -eigenvalues.abs()}
+    real = eigenvalues.real
+    keys = {"LA": -real, "SA": real, "LM": -eigenvalues.abs()}
     refuse_unknown("which", which, keys)
-    return eigenvalues[keys[which].argsort()[:k]]
+    return keys[which].argsort()[:k]
