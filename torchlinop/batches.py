@@ -90,6 +90,11 @@ def detached_copy(batch: Batch) -> Batch:
     return tree_map(lambda tensor: tensor.detach().clone(), batch)
 
 
+def shell(batch: Batch) -> Batch:
+    """The same tensors in containers of their own, which may be emptied."""
+    return tree_map(lambda tensor: tensor, batch)
+
+
 def count_samples(batch: Batch) -> int | None:
     """The length that most tensors of the batch share along their first axis; None if unknown."""
     lengths = Counter(t.shape[0] for t in tensors(batch) if t.ndim > 0)

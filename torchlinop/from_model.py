@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from torchlinop.batches import Batch
+from torchlinop.batches import Batch, detached_copy
 from torchlinop.choices import refuse_unknown
 from torchlinop.data import WeightedData, pinned_data, reread_data
 from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
@@ -95,7 +95,8 @@ def objective_from_model(
         def evaluate(batch: Batch) -> Tensor:
             # In eval mode always: dropout would hide how the loss is reduced.
             with borrowed.borrowed(mode="eval"), torch.no_grad():
-                return scalar(loss_fn(borrowed.place(layout.split(theta)), batch))
+                model = borrowed.place(layout.split(theta))
+                return scalar(loss_fn(model, detached_copy(batch)))
 
         read = pinned_data if pin_data else reread_data
         data = read(dataloader, few, microbatch_size, theta.device, weighting_of)

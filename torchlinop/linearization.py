@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from torchlinop.batches import Batch
+from torchlinop.batches import Batch, tensors
 from torchlinop.choices import refuse_unknown
 from torchlinop.columns import ColumnChunks
 from torchlinop.compiled import Step, as_programs
@@ -109,7 +109,8 @@ class Kept(Generic[T_co]):
         with self._objective.evaluating(b, batch, self._work.of) as f:  # one thread at a time
             if b not in self._done:
                 start = self._objective.data.starts[b]
-                self._done[b] = self._work(f, self._objective.theta, start, batch)
+                fresh = self._objective.fresh(batch)
+                self._done[b] = self._work(f, self._objective.theta, start, fresh)
         return self._done[b]
 
     def of(self, objective: Objective) -> Kept[T_co]:
@@ -141,14 +142,29 @@ class Rebuilt(Generic[T_co]):
         self.columns = columns
         self._objective = objective
         self._work = work
+        self._versions: dict[int, list[int]] = {}  # of what is read for each batch
 
     @contextmanager
     def at(self, b: int, batch: Batch) -> Iterator[T_co]:
-        with self._objective.evaluating(b, batch, self._work.of) as f:
-            yield self._work(f, self._objective.theta, self._objective.data.starts[b], batch)
+        self._refuse_written(b, batch)
+        objective = self._objective
+        with objective.evaluating(b, batch, self._work.of) as f:
+            yield self._work(f, objective.theta, objective.data.starts[b], objective.fresh(batch))
 
     def of(self, objective: Objective) -> Rebuilt[T_co]:
         return Rebuilt(objective, self._work, self.columns)
+
+    def _refuse_written(self, b: int, batch: Batch) -> None:
+        """Raise DataError if a pinned batch, or a frozen parameter, is not what it was at first."""
+        if self._objective.data.pinned:
+            read = [*tensors(batch), *self._objective.frozen()]
+            versions = [tensor._version for tensor in read if not tensor.is_inference()]
+            if self._versions.setdefault(b, versions) != versions:
+                raise DataError(written_over())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Versions are those of tensors here, not of their copies."""
+        return self.__dict__ | {"_versions": {}}
 
 
 def mean_product(objective: Objective, maps: Linearization[LinearMap], V: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -46,12 +47,22 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+@dataclass
+class _Loan:
+    """The conditions of evaluations, and how the modules are given back."""
+
+    key: int  # of their random numbers
+    training: bool
+    restore: Callable[[], None]
+    used: bool = False  # whether there was an evaluation
+
+
 class BorrowedModel:
     """Evaluates a model at given parameters, in a given mode, with its buffers as they were.
 
-    At construction it copies the buffers and those trainable parameters that the layout leaves
-    out, so that the matrix stays the same while the user goes on training. Frozen parameters
-    are used where they are.
+    At construction it copies the buffers, other tensors that are attributes of modules, and those
+    trainable parameters that the layout leaves out, so that the matrix stays the same while the
+    user goes on training. Frozen parameters are used where they are.
     """
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, mode: Mode, seed: int) -> None:
@@ -65,11 +76,17 @@ class BorrowedModel:
         trained = {p.data_ptr() for p in self.module.parameters() if p.requires_grad}
         shared = [name for name in layout.frozen if parameters[name].data_ptr() in trained]
         self._others = {n: parameters[n].detach().clone() for n in (*layout.filtered, *shared)}
-        self._key = 0
+        self._loan: _Loan | None = None
         self._buffers = {
             name: buffer.detach().clone()
             for name, buffer in self.module.named_buffers(remove_duplicate=False)
         }
+        self._tensors = [
+            (module, key, tensor.detach().clone())
+            for module in self.module.modules()
+            for key, tensor in vars(module).items()
+            if isinstance(tensor, Tensor) and not tensor.requires_grad
+        ]
 
     @contextmanager
     def borrowed(self, stream: int = 0, mode: Mode | None = None) -> Iterator[None]:
@@ -82,28 +99,43 @@ class BorrowedModel:
         """
         with ExitStack() as stack:
             stack.enter_context(borrowing)
-            stack.enter_context(given_back(self.module))
+            restore = stack.enter_context(given_back(self.module))
             stack.enter_context(twice_differentiable(self.module, self.device))
             stack.enter_context(preserved_random_state(self.device))
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
-            self._key = int(key[0])
-            self.module.train((mode or self.mode) == "train")
-            for embedding in embeddings(self.module):
-                embedding.sparse = False  # gradients are dense vectors here
-            yield
+            outer = self._loan
+            self._loan = _Loan(int(key[0]), (mode or self.mode) == "train", restore)
+            self._enter(self._loan)
+            try:
+                yield
+            finally:
+                self._loan = outer
+
+    def _enter(self, loan: _Loan) -> None:
+        self.module.train(loan.training)
+        for embedding in embeddings(self.module):
+            embedding.sparse = False  # gradients are dense vectors here
 
     def place(self, parameters: Mapping[str, Tensor]) -> nn.Module:
         """The model with these tensors as its parameters, and with fresh copies of its buffers.
 
-        Every evaluation draws the same random numbers: differences are taken of one function.
+        Every evaluation draws the same random numbers, and finds the modules as the first one did:
+        differences are taken of one function.
         """
-        reseed(self._key, self.device)
+        assert self._loan is not None  # borrowed
+        if self._loan.used:
+            self._loan.restore()
+            self._enter(self._loan)
+        self._loan.used = True
+        reseed(self._loan.key, self.device)
         for name, tensor in {**self._others, **parameters}.items():
             prefix, _, key = name.rpartition(".")
             self.module.get_submodule(prefix)._parameters[key] = tensor  # type: ignore[assignment]
         for name, buffer in self._buffers.items():
             prefix, _, key = name.rpartition(".")
             self.module.get_submodule(prefix)._buffers[key] = buffer.clone()
+        for module, key, tensor in self._tensors:
+            vars(module)[key] = tensor.clone()
         return self.module
 
     def held(self) -> dict[str, Tensor]:
@@ -181,19 +213,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def given_back(model: nn.Module) -> Iterator[None]:
+def given_back(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore the attributes of every module, and what its lists, sets and dicts hold.
 
     Modes, parameters, buffers, submodules and hooks are such attributes. Lists within lists are
-    restored too; what other objects hold is not.
+    restored too; what other objects hold is not. Gives a function that does so before the end.
     """
     saved = [
         (attributes, dict(attributes), [(c, _content(c)) for c in _containers(attributes)])
         for attributes in map(vars, model.modules())
     ]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for attributes, values, containers in saved:
             attributes.clear()
             attributes.update(values)
@@ -201,6 +232,11 @@ def given_back(model: nn.Module) -> Iterator[None]:
                 container.clear()
                 fill = container.extend if isinstance(container, list) else container.update
                 fill(content)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:

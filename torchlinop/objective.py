@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlinop.batches import Batch
+from torchlinop.batches import Batch, detached_copy, shell
 from torchlinop.data import WeightedData
 from torchlinop.derivatives import Function, gradient_of
 from torchlinop.diagnosis import second_derivatives_explained
@@ -35,6 +35,7 @@ class Objective:
     space: VectorSpace
     data: WeightedData
     ranks: Ranks = ALONE  # that have the data between them
+    writes: bool = True  # whether evaluations may write into their batch, which is copied then
 
     @property
     def description(self) -> list[str]:
@@ -54,7 +55,15 @@ class Objective:
 
     def value(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """L_b at parameters given by name; to be called while the model is borrowed."""
-        return scalar(self.function(self.model.place(parameters), batch))
+        return scalar(self.function(self.model.place(parameters), self.fresh(batch)))
+
+    def frozen(self) -> list[Tensor]:
+        """The parameters that are used where they are."""
+        return [self.model.module.get_parameter(name) for name in self.layout.frozen]
+
+    def fresh(self, batch: Batch) -> Batch:
+        """The batch for one evaluation, which may write into it, or take parts out of it."""
+        return detached_copy(batch) if self.writes else shell(batch)
 
     @contextmanager
     def evaluating(
@@ -71,7 +80,7 @@ class Objective:
         function = of or value
 
         def f(theta: Tensor) -> Tensor:
-            return function(self.model.place(self.layout.split(theta)), batch)
+            return function(self.model.place(self.layout.split(theta)), self.fresh(batch))
 
         with self.model.borrowed(self.data.before.batches + b), self.explained(b, batch):
             yield f

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchlinop.batches import Batch, tensors
+from torchlinop.batches import Batch, detached_copy, shell, tensors
 from torchlinop.checkpointing import noticed_packing, noticed_reentrance
 from torchlinop.diagnosis import refuse_reentrance, refuse_silent_gaps
 from torchlinop.errors import LossShapeError, UnusedParameterWarning, warn_caller
 from torchlinop.graphs import saved_bytes
-from torchlinop.objective import Objective
+from torchlinop.objective import Objective, scalar
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Preflight:
     packs_tensors: bool  # whether saved tensors are packed away, as by activation checkpointing
     unused: tuple[str, ...]  # selected parameters that do not influence the loss
     dtype: torch.dtype  # of the loss, or the outputs
+    writes: bool  # whether the model or the loss writes into its batch
 
     def notes(self, objective: Objective) -> list[str]:
-        """Facts for people, a line each: parameters, modules, memory of the graphs."""
+        """Facts for people, a line each: parameters, modules."""
         layout = objective.layout
         named = [
             ("frozen", layout.frozen),
@@ -41,8 +42,12 @@ class Preflight:
                 + [f"{len(names)} {what} ({_few(names)})" for what, names in named if names]
             ),
             f"modules: {objective.model.describe()}",
-            f"memory: about {self.graph_bytes:,} bytes for the graphs of all batches, if kept",
         ]
+
+    @property
+    def memory_note(self) -> str:
+        """Likewise of the graphs, for matrices that may keep them."""
+        return f"memory: about {self.graph_bytes:,} bytes for the graphs of all batches, if kept"
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:
@@ -92,6 +97,7 @@ def preflight(
         any(fact.packed for fact in facts),
         tuple(sorted(unused)),
         facts[0].dtype,
+        any(fact.writes for fact in facts),
     )
 
 
@@ -103,6 +109,7 @@ class _Facts:
     packed: bool
     without: set[str]  # parameters without influence
     dtype: torch.dtype
+    writes: bool
 
 
 def _gradient_facts(
@@ -117,19 +124,21 @@ def _gradient_facts(
     split = layout.split(objective.theta)
     leaves = {slot.name: split[slot.name].detach().requires_grad_() for slot in layout.slots}
     named = {name: leaves[slot.name] for slot in layout.slots for name in slot.names}
-    besides = [*leaves.values(), *tensors(batch), *own]
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return scalar(objective.function(model, batch))
+
     with objective.evaluating(b, batch):
+        copies = [detached_copy(batch) for _ in range(1 if of is None else 2)]
         with noticed_packing() as packing, noticed_reentrance() as reentrant:
-            if of is None:
-                values = objective.value(named, batch)
-            else:
-                values = of(objective.model.place(named), batch)
+            values = (of or loss)(objective.model.place(named), shell(copies[0]))
+            if of is not None:
                 with torch.no_grad():  # whether the loss takes these outputs
-                    objective.value(named, batch)
+                    loss(objective.model.place(named), shell(copies[1]))
         if reentrant:
             refuse_reentrance()
         if not values.requires_grad:
-            return _Facts(0, bool(packing), set(leaves), values.dtype)
+            return _Facts(0, bool(packing), set(leaves), values.dtype, writes=True)
         refuse_silent_gaps(values, own, twice=second_order)
         gradients = torch.autograd.grad(
             values,
@@ -139,9 +148,11 @@ def _gradient_facts(
             create_graph=second_order,
         )
     # Reading what is packed would unpack it: by computing it again, for a checkpoint.
+    besides = [*leaves.values(), *tensors(copies), *own]
     saved = 0 if packing else saved_bytes([g for g in gradients if g is not None], besides)
     without = {name for name, g in zip(leaves, gradients, strict=True) if g is None}
-    return _Facts(saved, bool(packing), without, values.dtype)
+    writes = any(tensor._version for tensor in tensors(copies))  # 0 until they are written to
+    return _Facts(saved, bool(packing), without, values.dtype, writes)
 
 
 def _warn_unused(objective: Objective, unused: set[str]) -> None:

@@ -134,9 +134,7 @@ def _measured_weighting(objective: Objective, ranks: Ranks) -> Weighting:
     def evaluate(batch: Batch) -> Tensor:
         model = objective.model
         with model.borrowed(mode="eval"), torch.no_grad():
-            return scalar(
-                objective.function(model.place(objective.layout.split(objective.theta)), batch)
-            )
+            return objective.value(objective.layout.split(objective.theta), batch)
 
     with ranks.agreed():
         few = [head(batch) for batch in telling(data.everything(), 1, 1)]

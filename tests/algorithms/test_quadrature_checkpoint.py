@@ -98,6 +98,18 @@ def test_a_file_of_another_problem_is_refused_before_any_product(change, message
         slq(**options, checkpoint=path)
 
 
+@pytest.mark.parametrize("matrix", [A + 1e-9 * A @ A, 3 * A, torch.eye(N).double()])
+@pytest.mark.parametrize("products", [1, 3, 7])
+def test_another_matrix_than_that_of_the_file_is_refused(matrix, products, tmp_path):
+    path = tmp_path / "slq.safetensors"
+    with pytest.warns(NotConvergedWarning, match="interrupted"):
+        slq(limited(products)[0], 2, 8, checkpoint=path)
+    saved = path.read_bytes()
+    with pytest.raises(OptionError, match="the matrix is not that of the checkpoint: a product d"):
+        slq(limited(99, matrix=matrix)[0], 2, 8, checkpoint=path)
+    assert path.read_bytes() == saved
+
+
 def test_a_density_and_a_log_determinant_resume_too(tmp_path):
     path, shifted = tmp_path / "density.safetensors", A + 2 * torch.eye(N).double()
     with pytest.warns(NotConvergedWarning, match="interrupted after 3 of 8 steps"):

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import Shard
 
 from torchlinop import EmpiricalFisherOperator, GGNOperator, HessianOperator, match_names
+from torchlinop.distributed import fsdp_groups
 from torchlinop.distributed import tangents as tangents_module
-from torchlinop.distributed import torch_private
 from torchlinop.distributed.fully_sharded import (
     FSDPEmpiricalFisherOperator,
     FSDPGGNOperator,
@@ -344,10 +344,10 @@ def refusals() -> list[tuple[str, tuple[str, str]]]:
     B = FSDPHessianOperator(model, own, infinite, weighting="batch-mean", self_test=False)
     found.append(("NaN or infinite entries", refused(B.matvec, A.space.random(1)[:, 0])))
     found.append(("FSDPHessianOperator", refused(HessianOperator, model, own, loss)))
-    intercepted = torch_private._INTERCEPTED
-    torch_private._INTERCEPTED = ("_of_another_torch",)
+    intercepted = fsdp_groups._INTERCEPTED
+    fsdp_groups._INTERCEPTED = ("_of_another_torch",)
     found.append(("FSDP2 has no _of_another_torch", attempt(model)))
-    torch_private._INTERCEPTED = intercepted
+    fsdp_groups._INTERCEPTED = intercepted
     rules = tangents_module.forward_rules
     tangents_module._tangent = lambda gradient: torch.ones_like(gradient)
     found.append(("differs by", attempt(model)))
@@ -372,7 +372,7 @@ def test_without_a_process_group_there_is_an_error():
     ("version", "known"), [("2.6.0", True), ("2.15.1+cu132", True), ("3.0.0", False)]
 )
 def test_a_version_of_torch_that_was_not_seen_is_named(version, known):
-    note = torch_private.version_note(version)
+    note = fsdp_groups.version_note(version)
     assert note == (
         "" if known else f"torch {version} is not known here, which was written for 2.6 to 2.15"
     )

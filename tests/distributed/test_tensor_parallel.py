@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchlinop.distributed import torch_private
+from torchlinop.distributed import mended_autograd
 from torchlinop.distributed.fully_sharded import FSDPHessianOperator
 from torchlinop.testing import gallery
 
@@ -102,10 +102,10 @@ def refusals() -> list[tuple[str, tuple[str, str]]]:
         return refused(FSDPHessianOperator, model, data, problem.loss_fn, **options)
 
     forward = attempt(method="forward_over_reverse", data_group=mesh["dp"].get_group())
-    unmended = torch_private._from_local_backward
-    torch_private._from_local_backward = _FromTorchTensor.backward
+    unmended = mended_autograd._from_local_backward
+    mended_autograd._from_local_backward = _FromTorchTensor.backward
     silent = attempt(data_group=mesh["dp"].get_group())
-    torch_private._from_local_backward = unmended
+    mended_autograd._from_local_backward = unmended
     own = problems.of_rank(problem, mesh["dp"].get_local_rank(), 2)  # of "dp", given to "tp"
     mixed = refused(
         FSDPHessianOperator, model, own, problem.loss_fn, data_group=mesh["tp"].get_group()

@@ -12,9 +12,9 @@ from torchlinop.algorithms.basis import Basis, small_dtype
 from torchlinop.algorithms.orthogonal import IN_SPAN, complete, extended, factored, removed
 from torchlinop.algorithms.products import Products, breakdown, multiply, roundoff
 from torchlinop.algorithms.ritz import Ritz, Which, order_of
+from torchlinop.algorithms.same_matrix import refuse_another_matrix
 from torchlinop.algorithms.scaled_product import scaled_product
 from torchlinop.algorithms.symmetry_watch import SymmetryWatch
-from torchlinop.errors import OptionError
 
 Loss = Literal["none", "some", "all"]  # of the columns of a block, to their breakdown
 
@@ -211,7 +211,8 @@ class KrylovDecomposition:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Be as when ``state`` was called.
 
-        Takes a product, which is not counted, to see whether the matrix is still the same.
+        Takes a product, which is not counted, to see whether the matrix is still the same; where it
+        seems not, six more tell that from noise.
 
         Raises:
             OptionError: it is another one.
@@ -240,8 +241,5 @@ class KrylovDecomposition:
         W -= V.combine(self.T[: j + self.width, :j] @ y / norm)
         difference = float(V.space.norm(W)[0])
         inherited = float(torch.linalg.vector_norm(self.errors[:j])) / norm
-        if not difference <= max(self.breakdown, torch.finfo(V.rows.dtype).eps) + inherited:
-            raise OptionError(
-                f"the matrix is not that of the checkpoint: a product differs by {difference:.0e} "
-                "of its norm; pass the path of another file, or delete this one"
-            )
+        rounding = max(self.breakdown, torch.finfo(V.rows.dtype).eps) + inherited
+        refuse_another_matrix(self.products, difference, rounding)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchlinop.algorithms.dynamic_range import refuse_range
 from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.same_matrix import refuse_another_matrix
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ThreeTermRecurrence:
         self.stage = start if isinstance(start, Stage) else _first_stage(start)
         betas = self.stage.betas[-1:]
         self.exhausted = bool(betas) and not bool(betas[0].any())  # by all columns
+        self._resumed = isinstance(start, Stage)
         self._look = LateLook()
 
     def advance(self) -> Tensor:
@@ -66,9 +68,14 @@ class ThreeTermRecurrence:
 
         A column whose Krylov space is exhausted goes on as zero; once all are, which a GPU tells
         a step late, further steps tell nothing.
+
+        Raises:
+            OptionError: the stage at which it began is one of another matrix.
         """
         A, s = self.A, self.stage
         W = A.columns(s.V)
+        if self._resumed:
+            self._refuse_another_matrix(W)
         if s.betas:
             W.addcmul_(s.previous, s.betas[-1].to(W.dtype), value=-1)
         alpha = A.dots(s.V, W)
@@ -83,6 +90,14 @@ class ThreeTermRecurrence:
         self.stage = Stage(W, s.V, scale, (*s.alphas, alpha), (*s.betas, beta))
         self.exhausted = bool(self._look(~alive.any()))
         return s.V
+
+    def _refuse_another_matrix(self, W: Tensor) -> None:
+        """Look whether ``⟨v_{j-1}, A v_j⟩ = β_{j-1}``, to rounding, which is divided by β."""
+        s, beta = self.stage, self.stage.betas[-1]
+        difference = (self.A.dots(s.previous, W) - beta).abs() / s.scale
+        seen = difference * beta / (s.scale + beta)
+        refuse_another_matrix(self.A, float(seen.max()), self.A.noise)
+        self._resumed = False
 
     @property
     def steps(self) -> int:

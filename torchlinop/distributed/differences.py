@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.batches import Batch
-from torchlinop.distributed import torch_private
+from torchlinop.distributed import fsdp_groups
 from torchlinop.distributed.forward_over_reverse import Metric, pull
 from torchlinop.distributed.rank_data import Round
 from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
@@ -148,7 +148,7 @@ def _usual_step(objective: ShardedObjective) -> float:
 
 def _dtypes(objective: ShardedObjective) -> list[torch.dtype]:
     stored = objective.layout.layout.precision
-    return [stored, *torch_private.compute_dtypes(objective.model.module)]
+    return [stored, *fsdp_groups.compute_dtypes(objective.model.module)]
 
 
 def _richardson(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchlinop.batches import Batch
-from torchlinop.distributed import torch_private
+from torchlinop.distributed import fsdp_groups, fsdp_rest
 from torchlinop.distributed.agreement import agreed
 from torchlinop.distributed.direct_use import refuse_direct_use
 from torchlinop.distributed.rank_data import DataRanks, DataSource, rank_data
@@ -38,7 +38,7 @@ def sharding_of(module: nn.Module) -> Sharding:
     Raises:
         ShardingError: by FSDP1, not at all, or only in part.
     """
-    if any(torch_private.is_fsdp1(part) for part in module.modules()):
+    if any(fsdp_groups.is_fsdp1(part) for part in module.modules()):
         raise ShardingError(
             "FSDP1 (FullyShardedDataParallel) keeps flat parameters that cannot be differentiated "
             "twice; wrap the model by torch.distributed.fsdp.fully_shard instead: "
@@ -51,7 +51,7 @@ def sharding_of(module: nn.Module) -> Sharding:
             f"no parameter of this {type(module).__name__} is sharded; use HessianOperator and "
             "its like, or DDPHessianOperator for a model that every rank has as a whole"
         )
-    if not torch_private.is_fully_sharded(module):
+    if not fsdp_groups.is_fully_sharded(module):
         return "tp"
     plain = [n for n, p in parameters.items() if n not in sharded and p.requires_grad]
     if plain:
@@ -59,8 +59,8 @@ def sharding_of(module: nn.Module) -> Sharding:
             "no module that fully_shard was called on has these parameters, so that nobody adds up "
             f"their gradients: {', '.join(plain)}; call fully_shard(model) too"
         )
-    torch_private.refuse_changed_torch(module)
-    dimensions = torch_private.data_mesh(module).ndim
+    fsdp_groups.refuse_changed_torch(module)
+    dimensions = fsdp_groups.data_mesh(module).ndim
     return (
         "fsdp" if all(p.device_mesh.ndim == dimensions for p in sharded.values()) else "fsdp x tp"
     )
@@ -83,7 +83,7 @@ def data_ranks(
                 "data_group is for tensor-parallel models without FSDP2, whose mesh says which "
                 "ranks have data of their own; leave it out"
             )
-        mesh = torch_private.data_mesh(module)
+        mesh = fsdp_groups.data_mesh(module)
         return DataRanks(tuple(mesh.get_group(d) for d in range(mesh.ndim)))
     if data_group is not None:
         return DataRanks((data_group,))
@@ -126,7 +126,7 @@ def sharded_objective(
             module = unwrap(model)
             sharding = sharding_of(module)
             ranks = data_ranks(module, sharding, group, data_group)
-        torch_private.reshard(module)
+        fsdp_rest.reshard(module)
         layout = ShardedLayout.of(module, param_filter, group)
         alike = sharding == "fsdp"
         refuse_different_replicas(module, group, drift=0.0 if alike else DRIFT, buffers=alike)

@@ -11,7 +11,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from torchlinop.distributed import torch_private
+from torchlinop.distributed import fsdp_groups
 from torchlinop.distributed.differences import CentralDifferences
 from torchlinop.distributed.forward_over_reverse import DualNumbers, Metric
 from torchlinop.distributed.rank_data import Round
@@ -161,7 +161,7 @@ def _compare(exact: Tensor, method: Method, objective: ShardedObjective, product
     if differences.error > _UNSURE:
         log.info("%s not compared: differences are off by %.1g", method.name, differences.error)
         return
-    note = torch_private.version_note() or f"torch {torch.__version__}"
+    note = fsdp_groups.version_note() or f"torch {torch.__version__}"
     raise ShardingError(
         f"the product by {method.name} differs by {error:.2g} from finite differences, whose "
         f"error is about {differences.error:.1g} ({note}); "

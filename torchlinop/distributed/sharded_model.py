@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchlinop.distributed import torch_private
+from torchlinop.distributed import fsdp_rest
 from torchlinop.distributed.forward_formulas import WithForwardFormulas
 from torchlinop.distributed.sharded_layout import ShardedLayout
 from torchlinop.model_state import (
@@ -43,7 +43,7 @@ class ShardedModel:
         self.mode = mode
         self.seed = seed
         self.device = layout.layout.slots[0].device
-        torch_private.reshard(module)
+        fsdp_rest.reshard(module)
         self.theta = layout.flatten(self.parameters())
         others = self._named(layout.layout.filtered)
         self._others = {name: _local(p).detach().clone() for name, p in others.items()}
@@ -63,8 +63,8 @@ class ShardedModel:
         """Hold the model, with θ in its shards and without gradients."""
         with ExitStack() as stack:
             stack.enter_context(borrowing)
-            torch_private.reshard(self.module)
-            stack.enter_context(torch_private.own_reductions(self.module))
+            fsdp_rest.reshard(self.module)
+            stack.enter_context(fsdp_rest.own_reductions(self.module))
             stack.enter_context(given_back(self.module))
             stack.enter_context(self._only_selected())
             stack.enter_context(_without_hooks(self.module))
@@ -88,7 +88,7 @@ class ShardedModel:
 
     def write(self, theta: Tensor) -> Tensor:
         """Put a local vector into the shards; what they hold of it, as they round it."""
-        torch_private.reshard(self.module)
+        fsdp_rest.reshard(self.module)
         shards = self.layout.split(theta)
         self._write(shards)
         return self.layout.flatten(shards)
@@ -119,7 +119,7 @@ class ShardedModel:
         try:
             yield
         finally:
-            torch_private.reshard(self.module)
+            fsdp_rest.reshard(self.module)
             self._write({**self.layout.split(self.theta), **moved})
 
     def _write(self, shards: Mapping[str, Tensor]) -> None:
@@ -140,7 +140,7 @@ class ShardedModel:
         try:
             yield
         finally:
-            torch_private.reshard(self.module)
+            fsdp_rest.reshard(self.module)
             for p in others:
                 p.requires_grad_(True)
             for p in self.module.parameters():

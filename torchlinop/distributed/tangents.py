@@ -13,14 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from torchlinop.derivatives import without_deprecations
-from torchlinop.distributed.torch_private import (
-    GatheredParameter,
-    Group,
-    forward_rules,
-    groups,
-    is_zero,
-    refilled,
-)
+from torchlinop.distributed.fsdp_groups import GatheredParameter, Group, groups
+from torchlinop.distributed.mended_autograd import forward_rules, is_zero, refilled
 
 # A sharded parameter -> the shard of the direction that belongs to it; None if it is fixed.
 Direction = Callable[[nn.Parameter], Tensor | None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchlinop.batches import Batch
-from torchlinop.distributed import torch_private
+from torchlinop.distributed import mended_autograd
 from torchlinop.distributed.forward_over_reverse import Metric
 from torchlinop.distributed.rank_data import Round
 from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
@@ -30,7 +30,7 @@ class DoubleBackward:
     def hessian(self, objective: ShardedObjective, rounds: Iterable[Round], v: Tensor) -> Tensor:
         """H v: about three gradients."""
         total = torch.zeros_like(v)
-        with torch_private.twice_differentiable_dtensors():
+        with mended_autograd.twice_differentiable_dtensors():
             for b, batch, share in rounds:
                 parameters = objective.model.parameters()
                 loss = objective.value(b, batch)
@@ -49,7 +49,7 @@ class DoubleBackward:
     ) -> Tensor:
         """``Σ share Jᵀ M J v``: J is the transpose of the linear map ``u ↦ Jᵀ u``."""
         total = torch.zeros_like(v)
-        with torch_private.twice_differentiable_dtensors():
+        with mended_autograd.twice_differentiable_dtensors():
             for b, batch, share in rounds:
                 parameters = objective.model.parameters()
                 leaves = [*parameters.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
@@ -87,6 +87,7 @@ class JacobianOperator(RectangularOperator):
         objective.data.refuse_reordering()
         facts = preflight(objective, plan.derivative.exact, outputs)
         refuse_coarse_differences(plan.derivative, objective, facts)
+        objective = replace(objective, writes=facts.writes)
         self.objective = objective
         self._of = outputs
         work = _Linearization(plan.derivative, outputs, plan.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -68,6 +69,7 @@ class ObjectiveOperator(CurvatureOperator):
     ) -> None:
         facts = preflight(objective, plan.derivative.exact, work.of)
         refuse_coarse_differences(plan.derivative, objective, facts)
+        objective = replace(objective, writes=facts.writes)
         self.objective = objective
         self._maps = plan.carry_out(objective, facts, AsPrograms(work, plan.steps))
         self._proven_finite = False
@@ -75,7 +77,7 @@ class ObjectiveOperator(CurvatureOperator):
             objective.space,
             layout=objective.layout,
             description=[*objective.description, plan.described(self._maps)],
-            notes=facts.notes(objective),
+            notes=[*facts.notes(objective), facts.memory_note],
             # The errors of finite differences have any sign.
             positive_semidefinite=positive_semidefinite and plan.derivative.exact,
         )

@@ -141,7 +141,7 @@ class KFACOperator(KroneckerOperator):
             self._blocks(objective, found.layers, made, vectors),
             layout=objective.layout,
             description=[*objective.description, f"{fisher_type}, {approximation}"],
-            notes=[self.coverage.summary, *_without_graphs(facts.notes(objective))],
+            notes=[self.coverage.summary, *facts.notes(objective)],
         )
 
     def _blocks(
@@ -207,11 +207,6 @@ def _vectors(fisher_type: FisherType, objective: OutputObjective, draws: int, se
             return TermGradients(loss)
         case "forward-only":
             return NoVectors()
-
-
-def _without_graphs(notes: Sequence[str]) -> list[str]:
-    """All but what graphs would need that are kept: none are."""
-    return [note for note in notes if not note.startswith("memory:")]
 
 
 def _refuse_bad_draws(mc_samples: int) -> None:
