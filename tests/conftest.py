@@ -1,5 +1,6 @@
 """What all tests share: seeds, threads, workers, and third-party warnings at import time."""
 
+import contextlib
 import gc
 import os
 import warnings
@@ -12,20 +13,22 @@ import hypothesis
 import pytest
 import torch
 
-with warnings.catch_warnings():
-    # What these packages do when they are first imported is not ours to fail on.
-    warnings.simplefilter("ignore")
-    for package in ("curvlinops", "transformers", "pylops"):
-        try:
-            __import__(package)
-        except ImportError:
-            continue
-
 # The same cases everywhere, however slow the machine.
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("everywhere")
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config) -> None:
+    """What these packages do when they are first imported is not ours to fail on."""
+    if config.getoption("numprocesses", None):  # workers do, and this process runs no test
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for package in ("curvlinops", "transformers", "pylops"):
+            with contextlib.suppress(ImportError):
+                __import__(package)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchlinop import ParameterLayout, match_names, match_regex
-from torchlinop.errors import NoParametersError, ParameterError, VectorError
+from torchlinop.errors import NoParametersError, OptionError, ParameterError, VectorError
 from torchlinop.testing import gallery
 
 MODEL = gallery.mlp().model
@@ -30,6 +30,13 @@ def test_unflatten_inverts_flatten(shapes):
     assert torch.equal(layout.flatten(layout.unflatten(v)), v)
     V = torch.randn(layout.size, 2)
     assert torch.equal(layout.flatten(layout.unflatten(V)), V)
+
+
+@pytest.mark.parametrize("patterns", ["2.*", ["0.weight"]])
+def test_patterns_are_no_filter(patterns):
+    message = r"expected param_filter to be a function .*; pass match_names\(...\)"
+    with pytest.raises(OptionError, match=message):
+        ParameterLayout.of(MODEL, patterns)
 
 
 def test_unflatten_gives_views():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchlinop.errors import BatchError, EmptyDataError, OneShotDataError
-from torchlinop.random_state import preserved_random_state
+from torchlinop.random_state import preserved_generators, preserved_random_state
 
 Batch = Any  # a tensor, or tuples, lists, mappings and dataclasses of batches
 Leaf = Callable[[Tensor], Tensor]
@@ -224,7 +224,7 @@ def pin(data: Iterable[Batch], num_batches: int | None, device: torch.device) ->
     keep: Callable[[Batch], Batch] = (
         (lambda b: b) if isinstance(data, list) or is_one_batch(data) else detached_copy
     )
-    with preserved_random_state(device):
+    with preserved_random_state(device), preserved_generators(data):
         batches = tuple(keep(batch) for batch in read(data, num_batches, device))
     if not batches:
         raise EmptyDataError(

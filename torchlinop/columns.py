@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import torch
@@ -96,15 +97,15 @@ def _saved_by(product: LinearMap, narrow: Tensor, wide: Tensor) -> float:
     Raises:
         RuntimeError: it gives something else, by a mistake in torch's rule for a block.
     """
-    seconds: list[tuple[float, float]] = []
+    of_narrow, of_wide = math.inf, math.inf
     for _ in range(3):
-        least, alone = _timed(product, narrow)
-        most, together = _timed(product, wide)
-        seconds.append((least, most))
+        seconds, alone = _timed(product, narrow)
+        of_narrow = min(of_narrow, seconds)
+        seconds, together = _timed(product, wide)
+        of_wide = min(of_wide, seconds)
     within = together[:, : alone.shape[1]]
     if torch.linalg.vector_norm(within - alone) > _ALIKE * torch.linalg.vector_norm(alone):
         raise RuntimeError("in a block of several columns they have other products")
-    of_narrow, of_wide = (min(times) for times in zip(*seconds, strict=True))
     return 1 - (of_wide / wide.shape[1]) / (of_narrow / narrow.shape[1])
 
 

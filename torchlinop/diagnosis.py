@@ -45,12 +45,22 @@ def second_derivatives_explained(
                 "an operation gives a sparse gradient, but derivatives are dense vectors here; "
                 "call it with sparse=False"
             ) from error
+        if "Such functions do not allow the output views to be modified inplace" in text:
+            raise changed_parameters() from error
         if _COMPILED in text:
             raise DoubleBackwardError(
                 "a compiled function was differentiated twice, which torch.compile does not "
                 "support. Give the operator the model and loss from before torch.compile"
             ) from error
         raise
+
+
+def changed_parameters() -> ParameterError:
+    """The error for a model whose evaluation moves the point at which it is evaluated."""
+    return ParameterError(
+        "the model changes its own parameters as it is evaluated, so that the loss is no function "
+        "of them; clamp or normalise them once, before the operator is built"
+    )
 
 
 def refuse_silent_gaps(loss: Tensor, own: Mapping[Tensor, str], *, twice: bool) -> None:

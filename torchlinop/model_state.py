@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError, TrainModeWarning, warn_caller
@@ -102,6 +104,7 @@ class BorrowedModel:
             restore = stack.enter_context(given_back(self.module))
             stack.enter_context(twice_differentiable(self.module, self.device))
             stack.enter_context(preserved_random_state(self.device))
+            stack.enter_context(nothing_cached())
             key = np.random.SeedSequence(self.seed, spawn_key=(stream,)).generate_state(1)
             outer = self._loan
             self._loan = _Loan(int(key[0]), (mode or self.mode) == "train", restore)
@@ -113,6 +116,9 @@ class BorrowedModel:
 
     def _enter(self, loan: _Loan) -> None:
         self.module.train(loan.training)
+        for module in self.module.modules():  # what hooks make of gradients is no derivative
+            module._backward_hooks = OrderedDict()
+            module._backward_pre_hooks = OrderedDict()
         for embedding in embeddings(self.module):
             embedding.sparse = False  # gradients are dense vectors here
 
@@ -210,6 +216,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def nothing_cached() -> Iterator[None]:
+    """What ``parametrize.cached()`` keeps would be of the parameters of another evaluation."""
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 @contextmanager

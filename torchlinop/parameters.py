@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.dtypes import coarsest
-from torchlinop.errors import NoParametersError, ParameterError, VectorError
+from torchlinop.errors import NoParametersError, OptionError, ParameterError, VectorError
 
 ParamFilter = Callable[[str, nn.Parameter], bool]
 
@@ -94,9 +94,15 @@ class ParameterLayout:
 
         Raises:
             NoParametersError: nothing is selected.
+            OptionError: the filter cannot be called.
             ParameterError: a selected parameter is complex or has no data, or is a DTensor where
                 none is expected.
         """
+        if param_filter is not None and not callable(param_filter):
+            raise OptionError(
+                f"expected param_filter to be a function (name, parameter) -> bool, got "
+                f"{param_filter!r}; pass match_names(...) for patterns of names"
+            )
         tied: dict[object, tuple[nn.Parameter, list[str]]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             tied.setdefault(_storage(parameter), (parameter, []))[1].append(name)

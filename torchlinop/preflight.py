@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchlinop.batches import Batch, detached_copy, shell, tensors
 from torchlinop.checkpointing import noticed_packing, noticed_reentrance
-from torchlinop.diagnosis import refuse_reentrance, refuse_silent_gaps
+from torchlinop.diagnosis import changed_parameters, refuse_reentrance, refuse_silent_gaps
 from torchlinop.errors import LossShapeError, UnusedParameterWarning, warn_caller
 from torchlinop.graphs import saved_bytes
 from torchlinop.objective import Objective, scalar
@@ -124,6 +124,7 @@ def _gradient_facts(
     split = layout.split(objective.theta)
     leaves = {slot.name: split[slot.name].detach().requires_grad_() for slot in layout.slots}
     named = {name: leaves[slot.name] for slot in layout.slots for name in slot.names}
+    point = objective.theta.clone()
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return scalar(objective.function(model, batch))
@@ -137,6 +138,8 @@ def _gradient_facts(
                     loss(objective.model.place(named), shell(copies[1]))
         if reentrant:
             refuse_reentrance()
+        if not torch.equal(torch.nan_to_num(point), torch.nan_to_num(objective.theta)):
+            raise changed_parameters()
         if not values.requires_grad:
             return _Facts(0, bool(packing), set(leaves), values.dtype, writes=True)
         refuse_silent_gaps(values, own, twice=second_order)

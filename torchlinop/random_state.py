@@ -23,6 +23,19 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+@contextmanager
+def preserved_generators(loader: object) -> Iterator[None]:
+    """The same for the generators that a DataLoader and its samplers have of their own."""
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
+    states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
 def reseed(seed: int, device: torch.device) -> None:
     """Seed Python, NumPy, torch's CPU and ``device``, and no other device."""
     random.seed(seed)

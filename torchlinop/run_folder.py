@@ -6,29 +6,23 @@ import json
 import os
 import shutil
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchlinop.dtypes import dtype_named, name_of
 from torchlinop.errors import OptionError
+from torchlinop.folder_ranks import FolderRanks
 from torchlinop.piece import Piece, in_common, placed
 from torchlinop.run_store import LATEST
 from torchlinop.tensor_file import intact
 
-T = TypeVar("T")
-
 _FORMAT = 1
-_FAILURES = (OSError, ValueError, TypeError, LookupError, CheckpointException)
 _ANOTHER = "pass another path, or delete the folder"
 _WORTH = 2.0  # times what the last save took is what the next one may lose
 
@@ -63,8 +57,8 @@ class CheckpointFolder:
         *,
         alone: bool,
     ) -> None:
-        self.path, self.space, self.pieces, self.group = path, space, pieces, group
-        self.alone = alone  # whether vectors are whole: no other rank is asked
+        self.path, self.space, self.pieces = path, space, pieces
+        self._ranks = FolderRanks(group, alone)
         self._owned = [own for own in placed(pieces) if own[1] < owned]
         self._latest: dict[str, Any] = {}
         self._everywhere: list[Piece] = []  # that are saved, of all ranks
@@ -76,7 +70,7 @@ class CheckpointFolder:
         Raises:
             OptionError: it is a file, or a folder of something else; its parent does not exist.
         """
-        with self._agreed(f"cannot look into {self.path}", _ANOTHER):
+        with self._ranks.agreed(f"cannot look into {self.path}", _ANOTHER):
             if not self.path.parent.is_dir() or (self.path.exists() and not self._is_ours()):
                 raise OptionError(
                     "expected checkpoint to be a folder of such a run, or of none yet, in a "
@@ -97,7 +91,7 @@ class CheckpointFolder:
             OptionError: some ranks do not see the folder, it is damaged, or of a newer version.
         """
         latest = self.path / LATEST
-        with self._agreed(f"cannot look into {self.path}", _ANOTHER):
+        with self._ranks.agreed(f"cannot look into {self.path}", _ANOTHER):
             here = latest.exists()
         if not self.space.agree(here):
             return None
@@ -106,7 +100,7 @@ class CheckpointFolder:
                 f"some ranks see a checkpoint in {self.path}, and others do not; pass a path on a "
                 "file system that all ranks share"
             )
-        with self._agreed(f"{latest} is damaged", _ANOTHER):
+        with self._ranks.agreed(f"{latest} is damaged", _ANOTHER):
             self._latest = json.loads(latest.read_text())
             header: dict[str, Any] = self._latest["header"]
             if self._latest["format"] > _FORMAT:
@@ -131,7 +125,7 @@ class CheckpointFolder:
                 name: torch.empty(shape, dtype=dtype_named(dtype))
                 for name, (dtype, shape) in self._latest["small"].items()
             }
-            self._load(self._latest["folder"], {f"small/{name}": t for name, t in small.items()})
+            self._ranks.read(self.path / self._latest["folder"], {f"small/{name}": t for name, t in small.items()})
             vectors = {
                 name: self._vectors(name, written, saved)
                 for name, written in self._latest["vectors"].items()
@@ -158,7 +152,7 @@ class CheckpointFolder:
                 f"{name}/{i}": torch.empty(stop - start, saved[i].numel, *tail, dtype=dtype)
                 for i in overlaps
             }
-            self._load(folder, found)
+            self._ranks.read(self.path / folder, found)
             for i, there in overlaps.items():
                 for source, target in there:
                     rows[start:stop, target] = found[f"{name}/{i}"][:, source]
@@ -197,7 +191,7 @@ class CheckpointFolder:
                 "parts": parts,
             }
         small = {name: t for name, t in tensors.items() if name not in vectors}
-        if self._writes:
+        if self._ranks.first:
             # Cloned, as a view would be written with all that it is a view of.
             state |= {f"small/{name}": t.detach().cpu().clone() for name, t in small.items()}
         latest = {
@@ -218,11 +212,6 @@ class CheckpointFolder:
         """Whether as much time has gone by as makes a save of the new vectors cheap."""
         return self.space.agree(time.perf_counter() - self._ended >= _WORTH * self._took)
 
-    @property
-    def _writes(self) -> bool:
-        """Whether this rank writes what all ranks have."""
-        return self.alone or dist.get_rank(self.group) == 0
-
     def _parts_there(self, name: str, label: str | None) -> list[list[Any]]:
         before = self._latest.get("vectors", {}).get(name)
         if label is None or before is None or before["label"] != label:
@@ -234,67 +223,26 @@ class CheckpointFolder:
         if not self._everywhere:
             own = [piece for piece, _ in self._owned if piece.numel]
             self._owned = [(piece, place) for piece, place in self._owned if piece.numel]
-            self._everywhere = [piece for pieces in self._gathered(own) for piece in pieces]
+            self._everywhere = [piece for pieces in self._ranks.gathered(own) for piece in pieces]
         return self._everywhere
 
     def _write(self, folder: str, state: dict[str, Any], latest: dict[str, Any]) -> None:
-        if self._writes:
+        if self._ranks.first:
             shutil.rmtree(self.path / folder, ignore_errors=True)  # of a save that was interrupted
         self.space.agree(False)  # none writes there before it is gone
         room = "pass a path with room, on a file system that all ranks share"
-        with self._agreed(f"cannot write {self.path}", room):
-            with self._by_whom() as options:
-                save(state, checkpoint_id=self.path / folder, **options)
-            if self._writes:
+        with self._ranks.agreed(f"cannot write {self.path}", room):
+            self._ranks.write(self.path / folder, state)
+            if self._ranks.first:
                 part = self.path / f"{LATEST}.part"
                 part.write_text(json.dumps(latest))
                 os.replace(part, self.path / LATEST)
-        if self._writes:
+        if self._ranks.first:
             used = {part[0] for w in latest["vectors"].values() for part in w["parts"]} | {folder}
             with suppress(OSError):
                 for entry in self.path.iterdir():
                     if entry.name.isdigit() and entry.name not in used:
                         shutil.rmtree(entry, ignore_errors=True)
-
-    @contextmanager
-    def _agreed(self, wrong: str, instead: str) -> Iterator[None]:
-        """What cannot be read or written inside, on any rank, all ranks raise with one sentence."""
-        error: BaseException | None = None
-        sentence = None
-        try:
-            yield
-        except OptionError as refused:
-            error, sentence = refused, str(refused)
-        except _FAILURES as failed:
-            error, sentence = failed, f"{wrong} ({_cause(failed)}); {instead}"
-        told = next(filter(None, self._gathered(sentence)), None)
-        if told is not None:
-            raise OptionError(told) from error
-
-    def _gathered(self, mine: T) -> list[T]:
-        """What every rank has, of those that share the folder."""
-        of_ranks: list[Any] = [mine]
-        if not self.alone:
-            of_ranks *= dist.get_world_size(self.group)
-            dist.all_gather_object(of_ranks, mine, self.group)
-        return of_ranks
-
-    @contextmanager
-    def _by_whom(self) -> Iterator[dict[str, Any]]:
-        """Options of save and load: who takes part."""
-        if not self.alone:
-            yield {"process_group": self.group}
-            return
-        with warnings.catch_warnings():  # that there is no group
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield {"no_dist": True} if dist.is_initialized() else {}
-
-    def _load(self, folder: str, state: dict[str, Any]) -> None:
-        try:
-            with self._by_whom() as options:
-                load(state, checkpoint_id=self.path / folder, **options)
-        except (CheckpointException, OSError, KeyError) as error:
-            raise ValueError(f"{folder}: {type(error).__name__}") from error
 
 
 def whole_folder(path: Path, space: Vectors) -> CheckpointFolder:
@@ -304,10 +252,3 @@ def whole_folder(path: Path, space: Vectors) -> CheckpointFolder:
     owned = space.size if alone or dist.get_rank(group) == 0 else 0
     everything = (Piece.whole(0, (space.size,)),)
     return CheckpointFolder(path, space, everything, owned, group, alone=alone)
-
-
-def _cause(error: BaseException) -> str:
-    """Of the first rank that failed, without its traceback."""
-    failures = getattr(error, "failures", None)
-    first = next(iter(failures.values()))[0] if failures else error
-    return f"{type(first).__name__}: {first}"

@@ -14,7 +14,7 @@ from torchlinop.batches import Batch, detached_copy, to_device
 from torchlinop.data import NOTHING, telling
 from torchlinop.errors import ProcessGroupError, WeightingError
 from torchlinop.fingerprint import fingerprint
-from torchlinop.objective import Objective, scalar
+from torchlinop.objective import Objective
 from torchlinop.ranks import Ranks
 from torchlinop.weighting import Weighting
 from torchlinop.weighting_trials import explaining, head, unknown_weights

@@ -68,6 +68,12 @@ def test_a_path_of_no_use_is_refused_before_the_run(
     assert (tmp_path / "there.safetensors").read_text() == "precious"
 
 
+def test_a_folder_in_place_of_the_state_is_refused_before_the_run(spec, tmp_path, capsys):
+    (tmp_path / "a.checkpoint").mkdir()
+    words = ["eigs", spec(NOT_REACHED), "--out", tmp_path / "a.safetensors", "--overwrite"]
+    assert "a.checkpoint is a folder; give the name of a file" in refused(capsys, *words)
+
+
 def test_a_file_is_replaced_if_asked(spec, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_text("old")

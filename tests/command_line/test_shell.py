@@ -1,5 +1,6 @@
 """The command as a shell runs it: exit codes, streams, signals, and a run killed for good."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from torchlinop.algorithms.result import load_result
+from torchlinop.command_line import main
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "torchlinop"
 # A small network, which may kill its own process in a product.
@@ -68,10 +70,10 @@ def shell(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(shell, folder):
+def whole(folder):
     """The result of a run that nothing stopped."""
-    done = shell("eigs", "my_model.py:dying", *EIGS, "--out", "whole.safetensors")
-    assert done.returncode == 0, done.stderr
+    with contextlib.chdir(folder):
+        assert main(["eigs", "my_model.py:dying", *EIGS, "--out", "whole.safetensors"]) == 0
     return load_result(folder / "whole.safetensors")
 
 
@@ -129,7 +131,6 @@ def test_the_console_script_is_the_same_command():
 def test_the_demonstration_needs_no_file_of_ours(capsys, monkeypatch):
     pytest.importorskip("sklearn")
     import torchlinop.demo
-    from torchlinop.command_line import main
 
     monkeypatch.setattr(torchlinop.demo, "main", lambda: print("shown"))  # which CI runs itself
     assert main(["demo"]) == 0
@@ -139,7 +140,6 @@ def test_the_demonstration_needs_no_file_of_ours(capsys, monkeypatch):
 
 
 def test_a_demonstration_without_its_data_says_what_to_install(capsys, monkeypatch):
-    from torchlinop.command_line import main
 
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     __import__("torchlinop.testing.digits").testing.digits._trained.cache_clear()
@@ -149,7 +149,6 @@ def test_a_demonstration_without_its_data_says_what_to_install(capsys, monkeypat
 
 def test_the_model_of_the_demonstration_is_a_spec(capsys):
     pytest.importorskip("sklearn")
-    from torchlinop.command_line import main
 
     assert main(["trace", "torchlinop.demo:build", "--max-matvecs", "16", "--json"]) == 0
     assert "1,810x1,810 float64" in json.loads(capsys.readouterr().out)["operator"]

@@ -81,8 +81,31 @@ def of_one_entry():
     return error(A, reference)
 
 
+class Recurrent(nn.Module):
+    """An LSTM, which accepts no other tensors than parameters as its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.LSTM(2, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x.view(-1, 3, 2))[0][:, -1])
+
+
+def of_an_lstm():
+    def make(model):
+        fully_shard(model.cells)
+        return fully_shard(model)
+
+    A, reference, _ = pair(Recurrent().double(), make)
+    assert A.error_estimate == 0
+    return error(A, reference)
+
+
 def errors():
-    return while_training_goes_on(), with_an_optimizer_in_the_backward_pass(), of_one_entry()
+    of_training = while_training_goes_on(), with_an_optimizer_in_the_backward_pass()
+    return *of_training, of_one_entry(), of_an_lstm()
 
 
 def test_products_are_of_the_model_as_it_was_and_take_no_step_of_an_optimizer():

@@ -63,5 +63,5 @@ class Signless:
 
 
 def test_a_complex_loss_is_refused():
-    with pytest.raises(LossShapeError, match="returned torch.complex64, expected a real scalar"):
+    with pytest.raises(LossShapeError, match=r"returned torch\.complex64, expected a real scalar"):
         HessianOperator(MODEL, torch.ones(1, 3), lambda m, x: torch.fft.fft(m(x)).sum())

@@ -180,6 +180,7 @@ def test_what_does_not_fit_is_refused_naming_both_sides(operation, message):
         (lambda: A.restrict([0, 1]), r"tensor of indices, got \[0, 1\]; pass match_names"),
         (lambda: A.restrict("0.weight"), "expected a filter of parameters.*got '0.weight'"),
         (lambda: A.shift("a"), "expected sigma to be a finite real number, got 'a'"),
+        (lambda: A * float("nan"), "expected factor to be a finite real number, got nan"),
         (lambda: A.shift(1j), "expected sigma to be a finite real number, got 1j"),
         (lambda: A.shift(float("nan")), "expected sigma to be a finite real number, got nan"),
     ],

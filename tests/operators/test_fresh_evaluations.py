@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, TensorDataset
 
 from torchlinop import (
     EmpiricalFisherOperator,
@@ -13,7 +15,7 @@ from torchlinop import (
     JacobianOperator,
     KFACOperator,
 )
-from torchlinop.errors import DataError
+from torchlinop.errors import DataError, ParameterError
 from torchlinop.losses import supervised_forward, supervised_loss
 
 CE = nn.CrossEntropyLoss()
@@ -109,7 +111,8 @@ def test_a_loss_may_take_parts_out_of_its_batch_and_write_into_them(linearizatio
     expected = HessianOperator(model, [(2 * x, 0 * y)], supervised_loss(CE))
     assert_same(H, expected)
     assert_same(H, expected)
-    assert batch["x"] is x and bool((batch["y"] == 1).all())
+    assert batch["x"] is x
+    assert bool((batch["y"] == 1).all())
 
 
 def test_a_loss_of_outputs_that_writes_into_its_targets_has_the_ggn_of_the_targets_given():
@@ -151,3 +154,55 @@ def test_writing_between_products_that_are_rebuilt_is_refused(what):
         (frozen if what == "a frozen parameter" else batches[0][0]).mul_(2)
     with pytest.raises(DataError, match="was written to after its first product"):
         H @ V
+
+
+@pytest.mark.parametrize("way", WAYS[:4])
+@pytest.mark.parametrize("used", [True, False])
+def test_parametrizations_are_computed_anew_where_the_user_caches_them(way, used):
+    (model,), batches = problem([nn.Identity()])
+    parametrize.register_parametrization(model[1], "weight", nn.Tanh())
+    expected = HessianOperator(model, batches, supervised_loss(CE)).to_dense()
+    with parametrize.cached():
+        if used:
+            weight = model[1].weight
+        H = HessianOperator(model, batches, supervised_loss(CE), **way).to_dense()
+        assert not used or model[1].weight is weight
+    torch.testing.assert_close(H, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_hooks_that_change_gradients_change_no_matrix(register, matrix):
+    (model, hooked), batches = problem([nn.Identity(), nn.Identity()])
+    getattr(hooked[3], f"register_{register}")(lambda *args: tuple(2 * g for g in args[1]))
+    assert_same(MATRICES[matrix](hooked, batches), MATRICES[matrix](model, batches))
+
+
+class Clamping(nn.Module):
+    def __init__(self, through_data):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((2,), 2.0).double())
+        self.through_data = through_data
+
+    def forward(self, x):
+        with torch.no_grad():
+            (self.scale.data if self.through_data else self.scale).mul_(0.5)
+        return x * self.scale
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "jacobian"])
+def test_a_model_that_changes_its_own_parameters_is_refused(through_data, matrix):
+    (model,), batches = problem([nn.Identity()], Clamping(through_data))
+    with pytest.raises(ParameterError, match="changes its own parameters.* clamp or normalise"):
+        MATRICES[matrix](model, batches)
+    assert bool((model[-1].scale == 2).all())
+
+
+def test_a_generator_of_the_loaders_own_is_given_back():
+    (model,), [(x, y), _] = problem([nn.Identity()])
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(x, y), batch_size=1, shuffle=True, generator=generator)
+    state = generator.get_state()
+    HessianOperator(model, loader, supervised_loss(CE))
+    assert torch.equal(generator.get_state(), state)

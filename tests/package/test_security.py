@@ -25,7 +25,7 @@ UNSAFE = {
 ALLOWED = {
     "union.py": {"pickle"},
     "distributed/drive.py": {"pickle"},
-    "run_folder.py": {"torch.distributed.checkpoint"},
+    "folder_ranks.py": {"torch.distributed.checkpoint"},
 }
 
 

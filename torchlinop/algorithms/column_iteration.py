@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.dynamic_range import refuse_range
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.iterates import Method, State, replaced, taken, within
 from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.linear_system import System
@@ -57,6 +58,28 @@ def solve_by(
         SymmetryError: A is not symmetric, or its products do not repeat.
         NotConvergedError: by strict=True, where others warn.
     """
+    rtol, max_iter = checked_limits(op, rtol, max_iter, preconditioner)
+    with symmetric_run(op, damping=damping, max_seconds=max_seconds, progress=progress) as A:
+        B, units = right_hand_sides(A, b)
+        problem = System(A, B, units, preconditioner, b.shape, rtol, max_iter)
+        columns = Columns(problem, method_of(problem))
+        ended = columns.iterate()
+        columns.settle(columns.everywhere(True), columns.everywhere(False), ended)
+        return columns.result(strict=strict)
+
+
+def checked_limits(
+    op: CurvatureOperator,
+    rtol: float | None,
+    max_iter: int | None,
+    preconditioner: CurvatureOperator | None,
+) -> tuple[float, int]:
+    """The tolerance and the iterations, as given or as usual.
+
+    Raises:
+        OptionError: no such tolerance or number; VectorError: a preconditioner of another space.
+    """
+    refuse_no_operator(op)
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     max_iter = 1000 if max_iter is None else max_iter
     refuse_fractions(max_iter=max_iter)
@@ -70,13 +93,7 @@ def solve_by(
             f"expected a preconditioner on the space of the operator, got {preconditioner!r} for "
             f"{op!r}; build both from the same parameters, dtype and device"
         )
-    with symmetric_run(op, damping=damping, max_seconds=max_seconds, progress=progress) as A:
-        B, units = right_hand_sides(A, b)
-        problem = System(A, B, units, preconditioner, b.shape, rtol, max_iter)
-        columns = Columns(problem, method_of(problem))
-        ended = columns.iterate()
-        columns.settle(columns.everywhere(True), columns.everywhere(False), ended)
-        return columns.result(strict=strict)
+    return rtol, max_iter
 
 
 class Columns(Generic[State]):

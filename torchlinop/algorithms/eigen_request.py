@@ -8,6 +8,7 @@ from typing import get_args
 
 import torch
 
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.krylov_schur import Target, Which
 from torchlinop.algorithms.products import breakdown, roundoff, working_dtype
 from torchlinop.algorithms.sizes import refuse_fractions
@@ -35,6 +36,7 @@ def target_of(
     Raises:
         OptionError: no such k, which or tol.
     """
+    refuse_no_operator(op)
     refuse_fractions(k=k)
     if not 1 <= k <= op.size:
         raise OptionError(
@@ -97,9 +99,9 @@ class Request:
 
     def refuse(self) -> None:
         """Raise OptionError if an option is not among its choices."""
-        n, k = self.op.size, self.k
+        target_of(self.op, self.k, self.which, self.tol)
         refuse_fractions(max_iter=self.max_iter, ncv=self.ncv)
-        target_of(self.op, k, self.which, self.tol)
+        n, k = self.op.size, self.k
         if self.max_iter is not None and self.max_iter < self._least_products:
             raise OptionError(
                 "expected max_iter, the budget of products, to be at least "

@@ -10,6 +10,7 @@ from typing import ClassVar, TypedDict, Unpack
 import torch
 
 from torchlinop.algorithms.early_stop import announced, notes, taken
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.probes import Probes, checked_seed, refuse_num_matvecs
 from torchlinop.algorithms.products import Products, breakdown, roundoff
 from torchlinop.algorithms.result import Result
@@ -88,6 +89,7 @@ def bracket(
     op: CurvatureOperator, num_matvecs: int, *, seed: int, max_seconds: float, progress: bool
 ) -> ExtremalEigenvalues:
     """``extremal_eigenvalues`` without a warning to the caller."""
+    refuse_no_operator(op)
     refuse_num_matvecs(num_matvecs)
     seed = checked_seed(seed)
     A = UnitScale(op)

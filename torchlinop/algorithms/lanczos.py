@@ -26,6 +26,7 @@ from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_
 from torchlinop.algorithms.ritz_result import Found, finished
 from torchlinop.algorithms.run_file import RunFile
 from torchlinop.algorithms.starting_block import starting_block
+from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.errors import VectorError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -132,9 +133,9 @@ def lanczos(
     file = RunFile(checkpoint, request, seed)
     request = file.as_begun(request)
     target = request.target()
-    with run_of_products(
-        op, total=max_iter, max_seconds=max_seconds, progress=progress
-    ) as products:
+    # Restarts see in T whether A is symmetric; a recurrence takes it for granted.
+    run = symmetric_run if request.unrestarted else run_of_products
+    with run(op, total=max_iter, max_seconds=max_seconds, progress=progress) as products:
         plan = request.plan(_block_size(products, request.block_size, v0, seed))
         log.info("lanczos by %s", plan)
         start = _start(op, None if file.saved else v0, plan.block_size, seed)

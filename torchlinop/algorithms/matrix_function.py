@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.early_stop import announced
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.node_values import ScalarFunction, values_at
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.result import Result
@@ -91,6 +92,7 @@ def apply_function(
     Source: Saad, SIAM J. Numer. Anal. 29 (1992); without reorthogonalisation: Musco, Musco and
     Sidford, SODA 2018.
     """
+    refuse_no_operator(op)
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     refuse_fractions(steps=steps)
     if steps < 1 or not rtol >= 0:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchlinop.algorithms.basis import small_dtype
 from torchlinop.algorithms.early_stop import announced, notes, taken
 from torchlinop.algorithms.extremal import ROUNDINGS, bracket
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.hutchinson import of_independent
 from torchlinop.algorithms.probes import (
@@ -98,6 +99,7 @@ def norm(
         OptionError: unknown ``ord``, or fewer than one product; NonFiniteError: a product holds
             NaN or infinity. NotConvergedError: time was over before n products for an exact norm.
     """
+    refuse_no_operator(op)
     if ord not in get_args(Ord):
         raise OptionError(f'unknown ord {ord!r}; choose 2, "fro" or "nuc"')
     m = _USUAL[ord] if num_matvecs is None else num_matvecs

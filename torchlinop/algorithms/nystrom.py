@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchlinop.algorithms.basis import small_dtype
 from torchlinop.algorithms.extremal import extremal_eigenvalues
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.probes import checked_seed, on_host
 from torchlinop.algorithms.products import roundoff, run_of_products
@@ -120,6 +121,7 @@ def nystrom(
 
 
 def _refuse(op: CurvatureOperator, rank: int, shift: float | None) -> None:
+    refuse_no_operator(op)
     refuse_fractions(rank=rank)
     if not 1 <= rank <= op.size:
         raise OptionError(f"expected rank from 1 to n = {op.size:,}, got {rank}; take 20, say")

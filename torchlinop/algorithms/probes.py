@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.products import Products, working_dtype
 from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.errors import NotConvergedError, OptionError
@@ -103,6 +104,7 @@ def checked_seed(seed: int) -> int:
 
 def real_part(op: CurvatureOperator) -> CurvatureOperator:
     """Re A: a real symmetric matrix with the trace and the diagonal of a Hermitian A."""
+    refuse_no_operator(op)
     return RealPart(op) if op.dtype.is_complex else op
 
 

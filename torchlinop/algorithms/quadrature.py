@@ -15,6 +15,7 @@ from torch import Tensor
 from torchlinop.algorithms.checkpoint import Checkpoint
 from torchlinop.algorithms.early_stop import announced
 from torchlinop.algorithms.estimates import refuse_probability
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.probes import Probes, checked_seed
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.quadrature_result import Quadrature, SpectralSum
@@ -64,7 +65,7 @@ def slq(
 
     Raises:
         OptionError: fewer than one probe or step, or no such seed; the checkpoint is of another
-            problem.
+            problem, or of another matrix.
         NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix;
             MemoryEstimateError: memory ran out.
 
@@ -96,6 +97,7 @@ def quadrature_of(
     checkpoint: str | Path | None = None,
 ) -> Quadrature:
     """``slq`` without a warning to the caller."""
+    refuse_no_operator(op)
     seed = checked_seed(seed)
     at_once = num_probes if probes_at_once is None else probes_at_once
     refuse_fractions(num_probes=num_probes, num_steps=num_steps, probes_at_once=at_once)

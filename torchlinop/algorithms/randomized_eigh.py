@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector
 from torchlinop.algorithms.ritz_result import Found, bytes_of, eigen_result
+from torchlinop.algorithms.scaled_product import scaled_product
 from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.starting_block import independent, starting_block
 from torchlinop.errors import OptionError
@@ -55,7 +58,8 @@ def randomized_eigh(
     Q = starting_block(op, None, width, seed)
     with run_of_products(op) as products:
         for draw in range(1, blocks):
-            AQ = products.columns(Q)
+            AQ = torch.empty_like(Q.mT).mT
+            scaled_product(products, Q, None, AQ)
             rounding = target.zero * space.norm(AQ).max()
             Q = independent(space, AQ, rounding, width, seed=seed, draw=draw)
         ritz, X = Projector(products, seed).pairs(Q, products.columns(Q), "LM", k)

@@ -7,6 +7,7 @@ from typing import Literal, Unpack
 
 from torch import Tensor
 
+from torchlinop.algorithms.column_iteration import checked_limits
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.linear_system import SolveOptions, StopOptions
 from torchlinop.algorithms.minres import minres
@@ -81,7 +82,11 @@ def inverse(
     It is symmetric and linear up to ``rtol`` times the condition number. Where a solve does not
     converge, it warns with the residual, or with ``strict=True`` raises NotConvergedError.
     ``options`` are those of `solve`: rtol, max_iter, max_seconds, progress and strict.
+
+    Raises:
+        OptionError, VectorError: as `solve`, of what can be told before a product.
     """
+    checked_limits(op, options.get("rtol"), options.get("max_iter"), preconditioner)
     whole: SolveOptions = {"damping": damping, "preconditioner": preconditioner, **options}
     return InverseOperator(op, _checked(method), whole)
 

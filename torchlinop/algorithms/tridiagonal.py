@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis, subtract
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.orthogonal import removed
 from torchlinop.algorithms.products import Products, breakdown, working_dtype
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of, policy_of
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.scaled_product import scaled_product
 from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.errors import NonFiniteError, OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -68,9 +70,10 @@ def lanczos_tridiagonal(
 
     Raises:
         VectorError: v0 does not fit or is zero; OptionError: an unknown mode, or steps below 1.
-        NonFiniteError: a product was not finite.
+        NonFiniteError, SymmetryError: the products are not those of a fixed symmetric matrix.
     """
     mode = name_of(reorthogonalize)
+    refuse_no_operator(op)
     refuse_fractions(steps=steps)
     if steps < 1:
         raise OptionError(f"expected steps to be at least 1, got {steps}; take 50, say")
@@ -79,11 +82,11 @@ def lanczos_tridiagonal(
             f"reorthogonalize={mode!r} needs the basis; "
             'pass keep_basis=True, or reorthogonalize="none"'
         )
-    products = Products(op)
     q = start_vector(op, v0)
-    recurrence = Recurrence(products, q, min(steps, op.size), mode, keep_basis)
-    recurrence.run()
-    return recurrence.result()
+    with symmetric_run(op) as products:
+        recurrence = Recurrence(products, q, min(steps, op.size), mode, keep_basis)
+        recurrence.run()
+        return recurrence.result()
 
 
 def start_vector(op: CurvatureOperator, v0: Tensor) -> Tensor:

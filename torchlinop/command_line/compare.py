@@ -30,8 +30,8 @@ def add(subparsers: Subparsers) -> None:
     group.add_argument("-k", type=int, default=10, help="how many pairs (10)")
     group.add_argument("--which", choices=_ENDS, default="LA", help="the end (LA)")
     group.add_argument("--tol", type=float, help="relative residual (1e-6; 1e-4 in float32)")
-    group.add_argument("--budget", type=int, help="products a run (100 k)")
-    group.add_argument("--seconds", type=float, default=60.0, help="a run (60)")
+    group.add_argument("--budget", type=int, help="most products of a run (100 k)")
+    group.add_argument("--seconds", type=float, default=60.0, help="most of a run (60)")
     group.add_argument("--seeds", type=int, default=3, help="how many (3)")
     group.add_argument(
         "--solver", action="append", help='a name or pattern, as "scipy*"; again for more (all)'
@@ -41,7 +41,7 @@ def add(subparsers: Subparsers) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--html", type=Path, help="write a page with pictures")
     output.add_argument("--out", metavar="FILE.json", type=Path, help="write all numbers")
-    output.add_argument("--overwrite", action="store_true", help="files that exist")
+    output.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_json(parser)
     parser.set_defaults(run=_run)
 

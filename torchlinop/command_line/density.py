@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from torchlinop.algorithms.spectral_density import spectral_density
-from torchlinop.command_line.options import Subparsers, add_outputs, add_spec, command
+from torchlinop.command_line.options import (
+    Subparsers,
+    add_max_seconds,
+    add_outputs,
+    add_spec,
+    command,
+)
 from torchlinop.command_line.run import Outcome, run
 from torchlinop.operators.base import CurvatureOperator
 
@@ -27,7 +32,7 @@ def add(subparsers: Subparsers) -> None:
     group.add_argument(
         "--points", type=int, default=10_000, metavar="N", help="of the grid (10000)"
     )
-    group.add_argument("--max-seconds", type=float, default=math.inf, metavar="S", help="time")
+    add_max_seconds(group)
     add_outputs(parser, checkpoint=True)
     parser.set_defaults(run=_run)
 

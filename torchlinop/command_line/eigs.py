@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import get_args
 
 from torchlinop.algorithms.krylov_schur import Which
 from torchlinop.algorithms.lanczos import lanczos
-from torchlinop.command_line.options import Subparsers, add_outputs, add_spec, command
+from torchlinop.command_line.options import (
+    Subparsers,
+    add_max_seconds,
+    add_outputs,
+    add_spec,
+    command,
+)
 from torchlinop.command_line.run import Outcome, run
 from torchlinop.operators.base import CurvatureOperator
 
@@ -26,7 +31,7 @@ def add(subparsers: Subparsers) -> None:
     )
     add_spec(parser)
     group = parser.add_argument_group("eigenpairs")
-    group.add_argument("-k", type=int, default=10, help="how many (10)")
+    group.add_argument("-k", type=int, default=10, help="how many pairs (10)")
     group.add_argument(
         "--which",
         choices=get_args(Which),
@@ -35,8 +40,8 @@ def add(subparsers: Subparsers) -> None:
     )
     group.add_argument("--tol", type=float, help="relative residual (1e-6; 1e-4 in float32)")
     group.add_argument("--ncv", type=int, help="vectors to keep (2k + 1, and 20 at least)")
-    group.add_argument("--max-matvecs", type=int, metavar="N", help="products (50 ncv)")
-    group.add_argument("--max-seconds", type=float, default=math.inf, metavar="S", help="time")
+    group.add_argument("--max-matvecs", type=int, metavar="N", help="most products (50 ncv)")
+    add_max_seconds(group)
     add_outputs(parser, checkpoint=True)
     parser.set_defaults(run=_run)
 

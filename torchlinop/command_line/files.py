@@ -57,11 +57,11 @@ class Files:
         if self.plot is not None:
             _refuse_suffix(self.plot, tuple(sorted(_pictures())))
         self._refuse_existing()
-        for path in (self.out, self.plot):
+        for path in (self.out, self.plot, self.checkpoint):
             refuse_unwritable(path)
 
     def _refuse_existing(self) -> None:
-        state = self.checkpoint is not None and self.checkpoint.exists()
+        state = self.checkpoint is not None and self.checkpoint.is_file()
         if state and not (self.resume or self.overwrite):
             raise OptionError(
                 f"{self.checkpoint} holds an unfinished run; pass --resume to go on with it, or "

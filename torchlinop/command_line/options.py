@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TypeAlias
 
@@ -65,6 +66,17 @@ def add_spec(parser: argparse.ArgumentParser, *, optional: bool = False) -> None
     )
 
 
+def add_max_seconds(parser: argparse._ActionsContainer) -> None:
+    """When to end with what there is."""
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="end after this time, with what there is",
+    )
+
+
 def add_json(parser: argparse._ActionsContainer) -> None:
     """How to print."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -79,7 +91,7 @@ def add_outputs(parser: argparse.ArgumentParser, *, checkpoint: bool = False) ->
     group.add_argument("--plot", metavar="FILE.png", type=Path, help="draw it (matplotlib)")
     add_json(group)
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--overwrite", action="store_true", help="files that exist")
+    either.add_argument("--overwrite", action="store_true", help="replace files that exist")
     if checkpoint:
         either.add_argument(
             "--resume",

@@ -18,7 +18,7 @@ def add(subparsers: Subparsers) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw it (matplotlib)")
-    parser.add_argument("--overwrite", action="store_true", help="a picture that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
     add_json(parser)
     parser.set_defaults(run=_run)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import get_args
 
 from torchlinop.algorithms.trace import trace
 from torchlinop.algorithms.trace_method import Method
-from torchlinop.command_line.options import Subparsers, add_outputs, add_spec, command
+from torchlinop.command_line.options import (
+    Subparsers,
+    add_max_seconds,
+    add_outputs,
+    add_spec,
+    command,
+)
 from torchlinop.command_line.run import Outcome, run
 from torchlinop.operators.base import CurvatureOperator
 
@@ -25,11 +30,13 @@ def add(subparsers: Subparsers) -> None:
     add_spec(parser)
     group = parser.add_argument_group("trace")
     group.add_argument(
-        "--max-matvecs", type=int, metavar="N", help="products (60; 1000 for --rtol)"
+        "--max-matvecs", type=int, metavar="N", help="most products (60; 1000 for --rtol)"
     )
-    group.add_argument("--rtol", type=float, help="stop when twice the standard error is below")
+    group.add_argument(
+        "--rtol", type=float, help="end when twice the standard error is this part of the estimate"
+    )
     group.add_argument("--method", choices=get_args(Method), default="auto", help="(auto)")
-    group.add_argument("--max-seconds", type=float, default=math.inf, metavar="S", help="time")
+    add_max_seconds(group)
     add_outputs(parser)
     parser.set_defaults(run=_run)
 

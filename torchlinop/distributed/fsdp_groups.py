@@ -85,7 +85,7 @@ def compute_dtypes(model: nn.Module) -> list[torch.dtype]:
 
 def refuse_changed_torch(model: nn.Module) -> None:
     """Raise ShardingError unless FSDP2 has the private parts that are used here."""
-    of_parameter = ("sharded_param", "_setattr_on_modules", "padded_sharded_param_size")
+    of_parameter = ("sharded_param", "_module_info", "padded_sharded_param_size")
     for group in private_groups(model):
         needed = ("fsdp_params", "is_unsharded", "mesh_info", *_INTERCEPTED)
         missing = {name for name in needed if not hasattr(group, name)}
@@ -120,7 +120,10 @@ class GatheredParameter:
 
     def replace(self, tensor: Tensor) -> None:
         """Let the modules compute with this, until the group is gathered or freed again."""
-        self.private._setattr_on_modules(tensor)
+        of = self.private._module_info
+        of.module._parameters[of.param_name] = tensor
+        for module, name in zip(of.shared_modules, of.shared_param_names, strict=True):
+            module._parameters[name] = tensor
 
 
 @dataclass(frozen=True)

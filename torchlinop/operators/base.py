@@ -160,7 +160,7 @@ class CurvatureOperator(ABC):
     def __mul__(self, factor: float) -> CurvatureOperator:
         if not isinstance(factor, numbers.Real):
             return NotImplemented
-        return LinearCombination([(float(factor), self)])
+        return LinearCombination([(finite_number("factor", factor), self)])
 
     __rmul__ = __mul__
 
