@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -62,7 +61,7 @@ class FolderRanks:
         with self._taking_part() as options:
             save(tensors, checkpoint_id=folder, **options)
 
-    def read(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+    def read(self, folder: Path, tensors: dict[str, Any]) -> None:
         """Fill the tensors with those of these names, whichever rank has saved them.
 
         Raises:
@@ -70,7 +69,7 @@ class FolderRanks:
         """
         try:
             with self._taking_part() as options:
-                load(dict(tensors), checkpoint_id=folder, **options)
+                load(tensors, checkpoint_id=folder, **options)
         except (CheckpointException, OSError, KeyError) as error:
             raise ValueError(f"{folder.name}: {type(error).__name__}") from error
 

@@ -125,7 +125,10 @@ class CheckpointFolder:
                 name: torch.empty(shape, dtype=dtype_named(dtype))
                 for name, (dtype, shape) in self._latest["small"].items()
             }
-            self._ranks.read(self.path / self._latest["folder"], {f"small/{name}": t for name, t in small.items()})
+            self._ranks.read(
+                self.path / self._latest["folder"],
+                {f"small/{name}": t for name, t in small.items()},
+            )
             vectors = {
                 name: self._vectors(name, written, saved)
                 for name, written in self._latest["vectors"].items()

@@ -37,6 +37,22 @@ def test_two_more_products_settle_the_order():
     torch.testing.assert_close(result.eigenvalues, torch.zeros(7).double(), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("rank", [3, 5, 8, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+def test_copies_of_zero_are_found_where_rounding_hides_that_a_krylov_space_has_ended(rank, dtype):
+    # Its end is not seen as a residual of rounding's size: steps have amplified that.
+    eigenvalues = torch.zeros(100, dtype=torch.float64)
+    eigenvalues[:rank] = torch.linspace(1, 3, rank)
+    eigenvalues[0] = -1
+    A = MatrixOperator(matrix(eigenvalues, dtype))
+    expected = torch.tensor([-1, 0, 0, 0], dtype=torch.float64)
+    for seed in range(5):
+        result = lanczos(A, 4, which="SA", seed=seed)
+        assert result.converged.all()
+        atol = 30 * torch.finfo(dtype).eps
+        torch.testing.assert_close(result.eigenvalues.double(), expected, rtol=0, atol=atol)
+
+
 @pytest.mark.filterwarnings("ignore::torchlinop.errors.NotConvergedWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [2, 3, 5, 8])

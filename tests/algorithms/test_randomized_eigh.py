@@ -25,6 +25,15 @@ def test_it_is_exact_where_the_rank_is_within_the_sketch(name, dtype, scale):
     assert_honest(result, A, eigenvalues[:6])
 
 
+@pytest.mark.parametrize("power", [-100, 100])
+def test_a_power_of_two_that_cannot_be_squared_changes_nothing_but_the_scale(power):
+    A = matrix(spectrum("nn", 200), torch.float32)
+    result, scaled = (randomized_eigh(MatrixOperator(2.0**p * A), 6) for p in (0, power))
+    assert torch.equal(scaled.eigenvectors, result.eigenvectors)
+    assert torch.equal(scaled.eigenvalues, 2.0**power * result.eigenvalues)
+    assert torch.equal(scaled.residual_norms, 2.0**power * result.residual_norms)
+
+
 @pytest.mark.parametrize("name", ["poly", "slow", "cluster", "nn"])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_residuals_say_how_far_it_is(name, dtype):

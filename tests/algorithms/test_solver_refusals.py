@@ -140,11 +140,10 @@ def test_eigensolvers_name_products_that_do_not_repeat(algorithm, size):
 
 
 ANY_SQUARE_MATRIX = {"hutchinson", "hutch++", "na-hutch++", "diagonal", "Frobenius norm"}
-OF_BASIS = {"lanczos, partial", "lanczos, none", "tridiagonal"}
 SYMMETRIC = {
     name: algorithm
     for name, algorithm in (LEAVE_ONE_OUT | SOLVERS | OTHERS).items()
-    if name not in ANY_SQUARE_MATRIX | OF_BASIS
+    if name not in ANY_SQUARE_MATRIX
 } | {
     "slq, one probe": call(slq, 1, 14),
     "nuclear norm, exact": call(norm, "nuc", num_matvecs=N),
@@ -240,6 +239,9 @@ def test_noise_that_repeats_is_not_claimed_to_be_a_smaller_residual(algorithm):
         (call(spectral_density, 4, 10, sigma=-1.0), "sigma"),
         (call(apply_function, torch.exp, b, 0), "steps"),
         (call(lanczos, max_seconds=0.0), "max_seconds"),
+        (call(spectral_density, 4, 10, 99.5), "expected num_grid_points to be an integer"),
+        (call(inverse, rtol=-1.0), "expected rtol between 0 and 1"),
+        (call(inverse, max_iter=0), "max_iter at least 1"),
     ],
 )
 def test_options_are_refused_before_any_product(ask, message):
@@ -247,6 +249,12 @@ def test_options_are_refused_before_any_product(ask, message):
     with pytest.raises(OptionError, match=message):
         ask(counted)
     assert counted.matvecs == 0
+
+
+@table(ALL)
+def test_a_matrix_is_no_operator(algorithm):
+    with pytest.raises(OptionError, match="to be a CurvatureOperator, got Tensor; pass MatrixOp"):
+        algorithm(A)
 
 
 SEEDED = {

@@ -57,6 +57,17 @@ def test_the_default_bandwidth_does_not_smear_outliers():
     assert quadrature.density(beyond, "range/m").value.max() > 1e-2
 
 
+def test_eigenvalues_of_a_low_rank_stand_aside_of_zero():
+    # All that is left outside of atoms are copies, of weights that may be zero to the last digit.
+    eigenvalues = torch.zeros(120, dtype=F64)
+    eigenvalues[:5] = torch.tensor([5, 4, 3, 2, -1], dtype=F64)
+    for seed in range(10):
+        found = spectral_density(operator(eigenvalues), 5, 40, seed=seed)
+        assert found.quadrature.bulk == pytest.approx((0, 0), abs=1e-12)
+        assert found.outliers.values.tolist() == pytest.approx([-1, 2, 3, 4, 5])
+        assert float(torch.trapezoid(found.density, found.grid)) == pytest.approx(1)
+
+
 def test_the_density_is_a_mean_of_gaussians_on_a_fine_grid():
     quadrature = slq(operator(semicircle(100)), 2, 5)
     grid = torch.linspace(-1, 1, 20_001, dtype=F64)

@@ -160,7 +160,7 @@ WRONG = {
     "object()": "expected build() to return (model, data, loss), a dict of these, or an operator",
     "torch.ones(2, 3)": "expected",
     "(model, [], F.cross_entropy)": "the data gave no batches",
-    "(model, data, lambda x: x)": "takes",
+    "(model, data, lambda x: x)": "which does not take two arguments; pass",
     "(model, data, nn.MSELoss)": "got the class MSELoss; return one of it, MSELoss()",
     "(model, 'data.pt', F.mse_loss)": "expected the data of build() to be batches, got a str",
     "(nn.MSELoss(), data, model)": "expected the model of build() to be a torch.nn.Module, got",

@@ -194,7 +194,7 @@ class Clamping(nn.Module):
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "jacobian"])
 def test_a_model_that_changes_its_own_parameters_is_refused(through_data, matrix):
     (model,), batches = problem([nn.Identity()], Clamping(through_data))
-    with pytest.raises(ParameterError, match="changes its own parameters.* clamp or normalise"):
+    with pytest.raises(ParameterError, match=r"changes its own parameters.* clamp or normalise"):
         MATRICES[matrix](model, batches)
     assert bool((model[-1].scale == 2).all())
 

@@ -31,6 +31,7 @@ from torchlinop.algorithms.sketched_range import (
 )
 from torchlinop.algorithms.symmetry_watch import SymmetryWatch
 from torchlinop.algorithms.unit_scale import UnitScale
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -100,10 +101,7 @@ def diagonal(
     """
     refuse_num_matvecs(num_matvecs)
     seed = checked_seed(seed)
-    if method not in get_args(DiagonalMethod):
-        raise OptionError(
-            f"unknown method {method!r}; choose one of {', '.join(get_args(DiagonalMethod))}"
-        )
+    refuse_unknown("method", method, get_args(DiagonalMethod))
     A = UnitScale(real_part(op))
     exact = num_matvecs >= A.size
     estimator = _exact if exact else {"xdiag": _xdiag, "hutchinson": _hutchinson}[method]

@@ -12,6 +12,7 @@ from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.krylov_schur import Target, Which
 from torchlinop.algorithms.products import breakdown, roundoff, working_dtype
 from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import MemoryEstimateError, OptionError
 from torchlinop.memory import free_bytes
 from torchlinop.operators.base import CurvatureOperator
@@ -43,9 +44,7 @@ def target_of(
             f"expected k from 1 to n = {op.size:,}, got {k}; for all eigenvalues of a small matrix "
             "take torch.linalg.eigh(op.to_dense())"
         )
-    if which not in get_args(Which):
-        choices = ", ".join(get_args(Which))
-        raise OptionError(f"unknown which {which!r}; choose one of {choices}")
+    refuse_unknown("which", which, get_args(Which))
     if tol is not None and not 0 <= tol < 1:
         raise OptionError(f"expected tol from 0 to 1, relative to |λ|, got {tol}; leave it out")
     eps = torch.finfo(op.dtype).eps

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.result import Result, optional
+from torchlinop.dtypes import name_of
 from torchlinop.errors import NoParametersError
 from torchlinop.parameters import ParameterLayout
 
@@ -100,7 +101,7 @@ class EigenResult(Result):
         return ax
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = name_of(self.dtype)
         facts = [
             f"{int(self.converged.sum())} of {len(self)} converged",
             self.which,

@@ -20,6 +20,7 @@ from torchlinop.algorithms.right_hand_sides import right_hand_sides
 from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal, tridiagonals
+from torchlinop.dtypes import name_of
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -46,7 +47,7 @@ class FunctionResult(Result):
 
     def __repr__(self) -> str:
         reached = int(self.converged.sum())
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = name_of(self.dtype)
         lines = [
             f"FunctionResult  {reached} of {len(self.converged)} converged | {self.steps} steps | "
             f"{self.matvecs} matvecs | {self.seconds:.2g} s | {dtype}",

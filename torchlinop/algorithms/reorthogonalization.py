@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis
 from torchlinop.algorithms.orthogonal import extended, factored
-from torchlinop.errors import OptionError
+from torchlinop.choices import refuse_unknown
 
 Array = NDArray[np.float64]
 Reorthogonalization = bool | str  # True is "full", False is "none"
@@ -130,10 +130,7 @@ def name_of(reorthogonalize: Reorthogonalization) -> str:
     name = reorthogonalize
     if isinstance(name, bool):
         name = "full" if name else "none"
-    if name not in NAMES:
-        raise OptionError(
-            f"unknown reorthogonalize {reorthogonalize!r}; choose one of {', '.join(NAMES)}"
-        )
+    refuse_unknown("reorthogonalize", name, NAMES)
     return name
 
 

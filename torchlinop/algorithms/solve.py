@@ -12,7 +12,7 @@ from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.linear_system import SolveOptions, StopOptions
 from torchlinop.algorithms.minres import minres
 from torchlinop.algorithms.solve_result import SolveResult
-from torchlinop.errors import OptionError
+from torchlinop.choices import refuse_unknown
 from torchlinop.operators.base import CurvatureOperator
 
 SolveMethod = Literal["auto", "minres", "cg"]
@@ -114,6 +114,5 @@ class InverseOperator(CurvatureOperator):
 
 
 def _checked(method: SolveMethod) -> SolveMethod:
-    if method not in _METHODS:
-        raise OptionError(f"unknown method {method!r}; choose one of {', '.join(_METHODS)}")
+    refuse_unknown("method", method, _METHODS)
     return method

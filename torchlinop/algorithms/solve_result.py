@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.result import Result
+from torchlinop.dtypes import name_of
 
 Status = Literal[
     "converged", "stagnated", "indefinite", "singular", "max_iter", "maxseconds", "interrupted"
@@ -47,7 +48,7 @@ class SolveResult(Result):
     def __repr__(self) -> str:
         k = len(self.status)
         worst = int(self.relative_residuals.argmax())
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = name_of(self.dtype)
         lines = [
             f"SolveResult  {int(self.converged.sum())} of {k} converged | {self.method} | damping "
             f"{self.damping:g} | {int(self.iterations.max())} iterations | {self.matvecs} matvecs "

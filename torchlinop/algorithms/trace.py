@@ -30,6 +30,7 @@ from torchlinop.algorithms.trace_method import (
 )
 from torchlinop.algorithms.trace_result import TraceResult
 from torchlinop.algorithms.unit_scale import UnitScale
+from torchlinop.choices import refuse_unknown
 from torchlinop.errors import NotConvergedError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
@@ -232,10 +233,6 @@ def _refuse_options(
         refuse_num_matvecs(num_matvecs)
     if rtol is not None and not 0 < rtol < math.inf:
         raise OptionError(f"expected rtol to be above 0, got {rtol}; 0.01, say")
-    for name, value, choices in (
-        ("method", method, get_args(Method)),
-        ("distribution", distribution, (None, *get_args(Distribution))),
-    ):
-        if value not in choices:
-            listed = ", ".join(str(choice) for choice in choices if choice)
-            raise OptionError(f"unknown {name} {value!r}; choose one of {listed}")
+    refuse_unknown("method", method, get_args(Method))
+    if distribution is not None:
+        refuse_unknown("distribution", distribution, get_args(Distribution))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ DRIFT = 1e-4
 def refuse_different_replicas(
     module: nn.Module, group: dist.ProcessGroup, *, drift: float = 0.0, buffers: bool = True
 ) -> None:
-    """Compare fingerprints of all that more than one rank holds: one exchange of short messages.
+    """Compare fingerprints of all that more than one rank holds: two exchanges of short messages.
 
     Parameters, also frozen ones, are compared piece by piece. With a ``drift``, sums and norms may
     differ by as much, relative to the norm.
@@ -34,12 +35,15 @@ def refuse_different_replicas(
         ProcessGroupError: they differ, on all ranks.
     """
     with agreed(group):
-        held = {
-            (name, piece_of(name, parameter.data, 0)): _Digest.of(parameter.data)
-            for name, parameter in module.named_parameters()
-        }
-        for name, buffer in module.named_buffers() if buffers else ():
-            held[name, piece_of(name, buffer, 0)] = _Digest.of(buffer)
+        tensors = {name: parameter.data for name, parameter in module.named_parameters()}
+        tensors |= dict(module.named_buffers()) if buffers else {}
+        pieces = {name: piece_of(name, tensor, 0) for name, tensor in tensors.items()}
+    holders = Counter(piece for theirs in gathered(pieces, group) for piece in theirs.items())
+    held = {
+        (name, piece): _Digest.of(tensors[name])
+        for name, piece in pieces.items()
+        if holders[name, piece] > 1
+    }
     first: dict[tuple[str, Piece], tuple[int, _Digest]] = {}
     for rank, theirs in enumerate(gathered(held, group)):
         for (name, piece), digest in theirs.items():

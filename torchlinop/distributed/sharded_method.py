@@ -11,6 +11,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
+from torchlinop.choices import refuse_unknown
 from torchlinop.distributed import fsdp_groups
 from torchlinop.distributed.differences import CentralDifferences
 from torchlinop.distributed.forward_over_reverse import DualNumbers, Metric
@@ -102,10 +103,7 @@ def prepared(
 
 def refuse_impossible(name: str, sharding: Sharding) -> None:
     """Raise OptionError for a method that there is not, for a model that is sharded so."""
-    if name not in get_args(MethodName):
-        raise OptionError(
-            f"unknown method {name!r}; choose one of {', '.join(get_args(MethodName))}"
-        )
+    refuse_unknown("method", name, get_args(MethodName))
     if name == "autograd" and sharding != "tp":
         raise OptionError(
             "fully_shard gathers parameters outside of autograd's graph, so that gradients cannot "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.algorithms.eigen_result import EigenResult
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.lanczos import lanczos
 from torchlinop.batches import Batch, tree_map
 from torchlinop.errors import OptionError, TorchlinopWarning, warn_caller
@@ -101,6 +102,7 @@ def lanczos_algorithm(
     Raises:
         OptionError: as ``lanczos``; and what products raise.
     """
+    refuse_no_operator(op)
     started = time.perf_counter()
     config = config or LanczosConfig()
     warnings = config.ignored

@@ -230,4 +230,5 @@ def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 def _haar(n: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return Q * R.diagonal().sign()
+    haar: Tensor = Q * R.diagonal().sign()
+    return haar
