@@ -48,6 +48,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report what is left at the very end as leaked
+
+
 def pytest_collectstart() -> None:
     """What a module draws when it is imported is the same, whichever were imported before it."""
     torch.manual_seed(0)

@@ -58,8 +58,8 @@ def test_rebuilt_graphs_run_the_model_once_a_batch_for_each_product_or_block():
 def test_building_an_operator_takes_one_gradient_and_a_few_samples_for_the_weights():
     p, counts = gallery.mlp(), Calls()
     HessianOperator(CountingModel(p.model, counts), p.batches, p.loss_fn)
-    # Each of three batches is doubled (two passes), cut, and joined to its neighbour (three each).
-    assert counts.number == 1 + 3 * (2 + 3 + 3)
+    # Of each of three batches: some samples, these twice, their two parts, and with the neighbour's.
+    assert counts.number == 1 + 3 * (1 + 1 + 2 + 1)
 
 
 def test_building_an_operator_on_one_batch_takes_one_gradient():

@@ -84,6 +84,14 @@ BATCHINGS = {
 }
 
 
+@functools.cache
+def definition(name, fisher_type, reduce, joint):
+    """One dense matrix for all batchings."""
+    p = problem(name)
+    metric = METRICS[fisher_type](p)
+    return dense_kfac(p.model, samples_of(p), metric, reduce=reduce, joint=joint)
+
+
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
@@ -103,13 +111,7 @@ def test_kfac_is_its_definition(name, fisher_type, approximation, separate, batc
         separate_weight_and_bias=separate,
         **options,
     )
-    reference = dense_kfac(
-        p.model,
-        samples_of(p),
-        METRICS[fisher_type](p),
-        reduce=approximation == "reduce",
-        joint=not separate,
-    )
+    reference = definition(name, fisher_type, approximation == "reduce", not separate)
     assert relative(K.to_dense(), reference) < 1e-12
 
 

@@ -108,7 +108,8 @@ class Run:
         at, target = self.at, self.target
         if self.decomposition.width == 0:
             return self._named("exact", ritz)
-        grown = self.decomposition.size > at.checked  # or nothing is new since the last look
+        # Or nothing is new since the last look; or a first block is as good as it was given.
+        grown = self.decomposition.size > max(at.checked, self.decomposition.block_size)
         invariant = loss == "all" or (grown and target.exhausted_by_all(ritz))
         if invariant:
             if self._unchanged(ritz):
