@@ -58,7 +58,7 @@ def test_rebuilt_graphs_run_the_model_once_a_batch_for_each_product_or_block():
 def test_building_an_operator_takes_one_gradient_and_a_few_samples_for_the_weights():
     p, counts = gallery.mlp(), Calls()
     HessianOperator(CountingModel(p.model, counts), p.batches, p.loss_fn)
-    # Of each of three batches: some samples, these twice, their two parts, and with the neighbour's.
+    # Of each of three batches: some samples, these twice, their parts, and with the neighbour's.
     assert counts.number == 1 + 3 * (1 + 1 + 2 + 1)
 
 

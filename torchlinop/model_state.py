@@ -116,9 +116,7 @@ class BorrowedModel:
 
     def _enter(self, loan: _Loan) -> None:
         self.module.train(loan.training)
-        for module in self.module.modules():  # what hooks make of gradients is no derivative
-            module._backward_hooks = OrderedDict()
-            module._backward_pre_hooks = OrderedDict()
+        silence_gradient_hooks(self.module)
         for embedding in embeddings(self.module):
             embedding.sparse = False  # gradients are dense vectors here
 
@@ -190,6 +188,13 @@ def refuse_renormalised_embeddings(model: nn.Module) -> None:
             "an Embedding with max_norm changes its own weight as it is used, so that the loss is "
             "no function of the parameters; renormalise the weight once and set max_norm=None"
         )
+
+
+def silence_gradient_hooks(model: nn.Module) -> None:
+    """Until the model is ``given_back``: what hooks make of gradients is no derivative."""
+    for module in model.modules():
+        module._backward_hooks = OrderedDict()
+        module._backward_pre_hooks = OrderedDict()
 
 
 def _moody(modules: Sequence[nn.Module]) -> tuple[int, int]:

@@ -103,9 +103,19 @@ def of_an_lstm():
     return error(A, reference)
 
 
+def with_a_hook_that_scales_gradients():
+    A, reference, shards = pair(problems.mlp().model)
+    hook = shards[0].register_full_backward_hook(
+        lambda module, grad_in, grad_out: (grad_in[0] * 2,)
+    )
+    found = error(A, reference)
+    assert hook.id in shards[0]._backward_hooks
+    return found
+
+
 def errors():
     of_training = while_training_goes_on(), with_an_optimizer_in_the_backward_pass()
-    return *of_training, of_one_entry(), of_an_lstm()
+    return *of_training, with_a_hook_that_scales_gradients(), of_one_entry(), of_an_lstm()
 
 
 def test_products_are_of_the_model_as_it_was_and_take_no_step_of_an_optimizer():

@@ -167,6 +167,14 @@ def test_sums_keep_the_layout_for_restriction():
             lambda: LambdaOperator(3, lambda v: v[:2]) @ torch.ones(3),
             r"expected the product to return torch.float32 of shape \(3, 1\)",
         ),
+        (
+            lambda: LambdaOperator(3, lambda v: v.mul_(2)) @ torch.ones(3),
+            "wrote into its argument.*return a new tensor",
+        ),
+        (
+            lambda: LambdaOperator(3, lambda v: v.mul_(2)) @ torch.ones(3, 2),
+            "wrote into its argument.*return a new tensor",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_naming_both_sides(operation, message):

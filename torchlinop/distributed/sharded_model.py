@@ -18,8 +18,10 @@ from torchlinop.model_state import (
     borrowing,
     embeddings,
     given_back,
+    nothing_cached,
     refuse_renormalised_embeddings,
     refuse_unknown_mode,
+    silence_gradient_hooks,
     twice_differentiable,
     warn_if_training,
 )
@@ -71,8 +73,10 @@ class ShardedModel:
             stack.enter_context(preserved_random_state(self.device))
             stack.enter_context(twice_differentiable(self.module, self.device))
             stack.enter_context(WithForwardFormulas())
+            stack.enter_context(nothing_cached())
             stack.enter_context(self._at_theta())
             self.module.train((mode or self.mode) == "train")
+            silence_gradient_hooks(self.module)
             for embedding in embeddings(self.module):
                 embedding.sparse = False  # gradients are dense vectors here
             yield

@@ -33,9 +33,9 @@ class LambdaOperator(CurvatureOperator):
     """A symmetric matrix given by its product ``matvec: (n,) -> (n,)``.
 
     ``matmat: (n, k) -> (n, k)`` takes blocks in one call; without it, columns are taken one by
-    one. They must not write into what they are given, which a solver may share, and are called
-    with gradients enabled, for they may be backward passes of their own. Results are copied, as
-    nothing is known about the memory they are in.
+    one. They must not write into what they are given, which a solver may share (VectorError where
+    torch can tell), and are called with gradients enabled, for they may be backward passes of their
+    own. Results are copied, as nothing is known about the memory they are in.
 
     Example:
         >>> LambdaOperator(3, lambda v: 2.0 * v) @ torch.ones(3)
@@ -57,8 +57,14 @@ class LambdaOperator(CurvatureOperator):
         self._of_block = matmat or self._column_by_column
 
     def _matmat(self, V: Tensor) -> Tensor:
+        before = _version(V)
         with torch.enable_grad():
             AV = self._of_vector(V[:, 0])[:, None] if V.shape[1] == 1 else self._of_block(V)
+        if _version(V) != before:
+            raise VectorError(
+                "the product wrote into its argument, which a solver goes on to use; return a new "
+                "tensor: 2 * v, say, in place of v.mul_(2)"
+            )
         if AV.shape != V.shape or AV.dtype != V.dtype or AV.device != V.device:
             raise VectorError(
                 f"expected the product to return {V.dtype} of shape {tuple(V.shape)} on "
@@ -69,3 +75,8 @@ class LambdaOperator(CurvatureOperator):
 
     def _column_by_column(self, V: Tensor) -> Tensor:
         return torch.stack([self._of_vector(v) for v in V.unbind(1)], dim=1)
+
+
+def _version(V: Tensor) -> int:
+    """Grows with every write into the memory of V; tensors of inference mode do not count them."""
+    return 0 if V.is_inference() else V._version
