@@ -1,10 +1,9 @@
 """Curvature matrices of neural networks as linear operators for every numerical library."""
 
+import importlib
 import logging
 from typing import TYPE_CHECKING
 
-from torchlinop.adapters.cupy import as_cupy_operator
-from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
 from torchlinop.algorithms.block_coupling import BlockCoupling, block_coupling
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.diagonal import diagonal
@@ -41,20 +40,22 @@ from torchlinop.operators.gauss_newton import GGNOperator
 from torchlinop.operators.gradient_outer import GradientOuterOperator
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.operators.jacobian import JacobianOperator
-from torchlinop.operators.kfac import EKFACOperator, KFACOperator
 from torchlinop.parameters import ParameterLayout, match_names, match_regex
 from torchlinop.settings import options
 from torchlinop.space import VectorSpace
-from torchlinop.spectrum import (
-    LanczosConfig,
-    SpectrumResult,
-    compute_spectrum,
-    create_operator,
-    lanczos_algorithm,
-)
 
 if TYPE_CHECKING:
+    from torchlinop.adapters.cupy import as_cupy_operator
+    from torchlinop.adapters.cupy_solvers import cupy_eigsh, cupy_lobpcg
     from torchlinop.adapters.scipy import as_linear_operator, from_linear_operator
+    from torchlinop.operators.kfac import EKFACOperator, KFACOperator
+    from torchlinop.spectrum import (
+        LanczosConfig,
+        SpectrumResult,
+        compute_spectrum,
+        create_operator,
+        lanczos_algorithm,
+    )
 
 __all__ = [
     "BlockCoupling",
@@ -128,18 +129,30 @@ __version__ = "0.1.0"
 
 logging.getLogger("torchlinop").addHandler(logging.NullHandler())  # silent unless asked
 
-_WITH_SCIPY = ("as_linear_operator", "from_linear_operator")
+# Imported when they are asked for: these take as long as all the rest, SciPy more.
+_LATER = {
+    "EKFACOperator": "operators.kfac",
+    "KFACOperator": "operators.kfac",
+    "LanczosConfig": "spectrum",
+    "SpectrumResult": "spectrum",
+    "as_cupy_operator": "adapters.cupy",
+    "as_linear_operator": "adapters.scipy",
+    "compute_spectrum": "spectrum",
+    "create_operator": "spectrum",
+    "cupy_eigsh": "adapters.cupy_solvers",
+    "cupy_lobpcg": "adapters.cupy_solvers",
+    "from_linear_operator": "adapters.scipy",
+    "lanczos_algorithm": "spectrum",
+}
 
 
 def __getattr__(name: str) -> object:
-    """What needs scipy.sparse.linalg, which takes longer to import than all the rest."""
-    if name not in _WITH_SCIPY:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torchlinop.adapters import scipy  # noqa: PLC0415
-
-    globals().update({each: getattr(scipy, each) for each in _WITH_SCIPY})
-    return globals()[name]
+    found = getattr(importlib.import_module(f"torchlinop.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WITH_SCIPY})
+    return sorted({*globals(), *_LATER})

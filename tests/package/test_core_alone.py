@@ -95,12 +95,15 @@ def test_every_name_asked_for_above_is_one_of_an_optional_package():
     assert all(re.fullmatch("[a-z0-9_]+", name) for name in OPTIONAL)
 
 
-def test_names_that_come_with_scipy_are_there_as_all_others():
+def test_names_that_are_imported_when_asked_for_are_there_as_all_others():
     import torchlinop
-    from torchlinop.adapters import scipy
+    from torchlinop.adapters import cupy_solvers, scipy
+    from torchlinop.operators import kfac
 
     assert torchlinop.as_linear_operator is scipy.as_linear_operator
-    assert torchlinop.from_linear_operator is scipy.from_linear_operator
+    assert torchlinop.cupy_eigsh is cupy_solvers.cupy_eigsh
+    assert torchlinop.KFACOperator is kfac.KFACOperator
     assert set(torchlinop.__all__) <= set(dir(torchlinop))
+    assert all(hasattr(torchlinop, name) for name in torchlinop.__all__)
     with pytest.raises(AttributeError, match="'torchlinop' has no attribute 'as_linear'"):
         torchlinop.as_linear  # noqa: B018

@@ -66,7 +66,7 @@ def lanczos_tridiagonal(
     (orthogonal to half of the digits, for a fraction of the inner products, with one host
     synchronisation a step), ``"local"`` (the last five vectors) or ``"none"`` or False: with the
     latter two, eigenvalues of T come in copies. Without a basis (``keep_basis=False``, and only
-    with ``"none"``) four vectors are held, else ``steps + 3``.
+    with ``"none"``) four vectors are held, else ``steps + 3``; two more until the second product.
 
     Raises:
         VectorError: v0 does not fit or is zero; OptionError: an unknown mode, or steps below 1.
