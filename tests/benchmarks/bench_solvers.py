@@ -13,7 +13,7 @@ import argparse
 import datetime
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--vectors", type=int, help="entries of a vector, for the cost of steps")
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
     parser.add_argument("--out", type=Path, help="directory for solvers.json and solvers.md")
     return parser.parse_args()
@@ -167,6 +168,8 @@ def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
     sizes = QUICK if arguments.quick else Sizes()
+    if arguments.vectors:
+        sizes = replace(sizes, vectors=arguments.vectors)
     results = Results(facts(sizes))
     for section in arguments.sections:
         MEASURES[section](results, sizes)

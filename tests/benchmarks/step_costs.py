@@ -18,12 +18,16 @@ from torchlinop.algorithms.tridiagonal import lanczos_tridiagonal
 
 SHOWN = (10, 20, 30, 40, 50)  # stored vectors
 K = 10
+_NEVER = 1e-30  # a tolerance that is not reached: no step is saved by convergence
 Run = Callable[[Counted, int], object]  # that many steps
 
 
 def our_lanczos(A: Counted, steps: int) -> object:
-    # A tolerance that is not reached: all steps are taken.
-    return lanczos(A.ours(), K, steps, which="LA", tol=1e-30, ncv=steps)
+    return lanczos(A.ours(), K, steps, which="LA", tol=_NEVER)
+
+
+def our_whole_lanczos(A: Counted, steps: int) -> object:
+    return lanczos(A.ours(), K, steps, which="LA", tol=_NEVER, ncv=steps)
 
 
 def our_tridiagonal(A: Counted, steps: int) -> object:
@@ -43,10 +47,14 @@ def their_tridiagonal(A: Counted, steps: int) -> object:
     return theirs(as_lambda(A), v0, steps)
 
 
+OURS, WHOLE, THEIRS = (
+    "torchlinop lanczos", "torchlinop lanczos, ncv = steps", "hessian-eigenthings lanczos",
+)  # fmt: skip
 RUNS: dict[str, Run] = {
-    "torchlinop lanczos": our_lanczos,
+    WHOLE: our_whole_lanczos,
+    OURS: our_lanczos,
     "torchlinop lanczos_tridiagonal": our_tridiagonal,
-    "hessian-eigenthings lanczos": their_lanczos,
+    THEIRS: their_lanczos,
     "hessian-eigenthings lanczos_tridiagonal": their_tridiagonal,
 }
 
@@ -56,7 +64,7 @@ class StepCosts:
     """Of one solver; the times are of all repetitions, which took turns with the others'."""
 
     seconds: tuple[float, ...]  # of a whole run, ascending
-    overhead: dict[int, float]  # j: seconds between product j and the next, the least
+    overhead: dict[int, float]  # j: seconds between product j and the next, the least; no restarts
     times_reading: dict[int, float]  # j: that, in times reading 4 j vectors
     allocations: float  # vectors a step, with the result of the product, the most
     reads: tuple[int, int]  # by the host: the median of a step, and the sum of all
@@ -89,7 +97,10 @@ def measure(n: int, steps: int, repetitions: int) -> Costs:
         rate = max(rate, bandwidth(n * steps))
         for name, solver in ready.items():
             runs[name].append(timed(solver, matrix, steps))
-    solvers = {name: step_costs(ready[name], found, rate, n) for name, found in runs.items()}
+    solvers = {
+        name: step_costs(ready[name], found, rate, n, () if name == OURS else SHOWN)
+        for name, found in runs.items()
+    }
     return Costs(solvers, failures, rate, n, steps)
 
 
@@ -129,10 +140,12 @@ def timed(run: Run, matrix: Matrix, steps: int) -> tuple[float, list[float]]:
     return seconds, [b - a for a, b in zip(ends, starts[1:], strict=False)]
 
 
-def step_costs(run: Run, runs: list[tuple[float, list[float]]], rate: float, n: int) -> StepCosts:
+def step_costs(
+    run: Run, runs: list[tuple[float, list[float]]], rate: float, n: int, sizes: tuple[int, ...]
+) -> StepCosts:
     gaps = [min(step) for step in zip(*(gaps for _, gaps in runs), strict=True)]
     # After product j, there are j vectors; the last step has no product after it.
-    shown = {j: gaps[min(j, len(gaps)) - 1] for j in SHOWN if j <= len(gaps) + 1}
+    shown = {j: gaps[min(j, len(gaps)) - 1] for j in sizes if j <= len(gaps) + 1}
     allocations, reads = counted(run)
     return StepCosts(
         tuple(sorted(seconds for seconds, _ in runs)),

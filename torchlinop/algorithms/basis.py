@@ -94,9 +94,11 @@ class Basis:
         n = self.rows.shape[1]
         Y = Y.mT.to(device=self.rows.device, dtype=self.dtype)
         chunk = max(1024, n // (4 * p))
+        rotated = torch.empty(p, min(n, chunk), dtype=self.dtype, device=self.rows.device)
         for start in range(0, n, chunk):
             entries = slice(start, start + chunk)
-            self.rows[:p, entries] = (Y @ self.rows[:j, entries].to(self.dtype)).to(self.rows.dtype)
+            old = self.rows[:j, entries].to(self.dtype)
+            self.rows[:p, entries] = torch.mm(Y, old, out=rotated[:, : old.shape[1]])
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         width = max(1, stop if self.direct else _GROUP)
