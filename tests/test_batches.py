@@ -105,7 +105,7 @@ def test_empty_data_are_refused(data):
 
 
 def test_data_that_are_not_iterable_are_refused():
-    with pytest.raises(BatchError, match="got a int; put a single batch into a list"):
+    with pytest.raises(BatchError, match="got an int; put a single batch into a list"):
         batches.pin(3, None, CPU)
 
 

@@ -109,6 +109,7 @@ def test_the_estimate_of_kept_bytes_covers_what_the_graph_must_save():
         ({"mode": "test"}, "unknown mode 'test'; choose one of eval, train"),
         ({"weighting": "tokens"}, "unknown weighting 'tokens'; choose one of auto, batch-mean"),
         ({"weight": 3}, "expected weight to be a function of a batch, got 3"),
+        ({"weight": lambda: 3.0}, "expected weight to be a function of a batch, got <function"),
     ],
 )
 def test_unknown_options_are_refused_before_the_model_runs(options, message):

@@ -39,6 +39,16 @@ def test_patterns_are_no_filter(patterns):
         ParameterLayout.of(MODEL, patterns)
 
 
+@pytest.mark.parametrize("select", [ParameterLayout.of, lambda m, f: LAYOUT.restrict(f)])
+def test_a_filter_of_names_alone_is_refused(select):
+    def is_a_weight(name):
+        return name.endswith("weight")
+
+    message = r"function \(name, parameter\) -> bool, got is_a_weight, which does not take two .*;"
+    with pytest.raises(OptionError, match=message):
+        select(MODEL, is_a_weight)
+
+
 def test_unflatten_gives_views():
     v = torch.zeros(LAYOUT.size).double()
     LAYOUT.unflatten(v)["2.bias"].fill_(1)

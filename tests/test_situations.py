@@ -548,12 +548,32 @@ def test_an_attention_kernel_called_directly_is_named_with_its_module():
     model = nn.Sequential(nn.Linear(6, 8), Flash(), nn.Linear(8, 3)).double()
     X, Y = torch.randn(3, 5, 6).double(), torch.randn(3, 5, 3).double()
     H = HessianOperator(model, [(X, Y)], gallery.mean_squared_error)
-    with pytest.raises(DoubleBackwardError, match=r"flash_attention.*\(module 1\) has no second"):
+    message = r"flash_attention.*\(module 1\) has no second .* Load .*attn_implementation=\"eager\""
+    with pytest.raises(DoubleBackwardError, match=message):
         H @ torch.ones(H.size).double()
     differences = HessianOperator(
         model, [(X, Y)], gallery.mean_squared_error, method="finite_difference"
     )
     assert differences.check(strict=True).symmetry < 1e-6
+
+
+def ctc(model, batch):
+    log_probabilities = model(batch[0]).log_softmax(-1).transpose(0, 1)
+    frames, letters = (torch.full((len(batch[0]),), count) for count in (5, 2))
+    return nn.functional.ctc_loss(log_probabilities, batch[1], frames, letters)
+
+
+def test_an_operation_that_is_no_attention_is_named_without_talk_of_attention():
+    model, X, Y = (
+        nn.Linear(3, 4).double(),
+        torch.randn(2, 5, 3).double(),
+        torch.tensor([[1, 2]] * 2),
+    )
+    H = HessianOperator(model, [(X, Y)], ctc)
+    with pytest.raises(DoubleBackwardError, match="_ctc_loss_backward.* has no second") as told:
+        H @ torch.ones(H.size).double()
+    assert "attn" not in str(told.value)
+    assert str(told.value).endswith('of other operations, or use method="finite_difference"')
 
 
 class Once(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from torchlinop.articles import kind_of
 from torchlinop.errors import BatchError, EmptyDataError, OneShotDataError
 from torchlinop.random_state import preserved_generators, preserved_random_state
 
@@ -170,12 +171,12 @@ def join(a: Batch, b: Batch) -> Batch | None:
 def describe(batch: Batch) -> str:
     """The form of a batch in a few words, for messages."""
     if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} with keys {{{', '.join(map(str, batch))}}}"
+        return f"{kind_of(batch)} with keys {{{', '.join(map(str, batch))}}}"
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return f"a {type(batch).__name__} of {len(batch)} parts"
-    return f"a {type(batch).__name__}"
+        return f"{kind_of(batch)} of {len(batch)} parts"
+    return kind_of(batch)
 
 
 def is_one_batch(data: object) -> bool:
@@ -200,7 +201,7 @@ def read(data: Iterable[Batch], num_batches: int | None, device: torch.device) -
         data = [data]
     if isinstance(data, Dataset) and not isinstance(data, Iterable):
         raise BatchError(
-            f"expected batches, got a {type(data).__name__} of samples; "
+            f"expected batches, got {kind_of(data)} of samples; "
             "pass DataLoader(dataset, batch_size=...)"
         )
     if not isinstance(data, Iterable):
@@ -238,6 +239,6 @@ def refuse_one_shot(data: object) -> None:
     """Raise OneShotDataError for an iterator, which is empty after its first pass."""
     if isinstance(data, Iterator):
         raise OneShotDataError(
-            f"the data are a {type(data).__name__}: empty after the first product. "
+            f"the data are {kind_of(data)}: empty after the first product. "
             "Pass a list or a DataLoader, or pin_data=True"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torchlinop.checkpointing import noticed_packing
+from torchlinop.formulas import WithoutWrongForwardRules
 
 Function = Callable[[Tensor], Tensor]  # of a flat vector (n,)
 
@@ -134,8 +135,8 @@ class ForwardOverReverse:
     """Exact: forward mode; little is kept, so memory stays at two gradients.
 
     A Hessian product, forward mode through the gradient, costs about four gradients a column;
-    J V, forward mode through f, costs one. Where an operation has no forward rule, all further
-    products are taken by ``fallback``, and the log says so once.
+    J V, forward mode through f, costs one. Where an operation has no forward rule in torch, or a
+    wrong one, all further products are taken by ``fallback``, and the log says so once.
     """
 
     fallback: Derivative = ReverseOverReverse()
@@ -158,7 +159,7 @@ class ForwardOverReverse:
         fallback: list[LinearMap] = []
 
         def column(v: Tensor) -> Tensor:
-            with without_deprecations():
+            with without_deprecations(), WithoutWrongForwardRules():
                 tangent: Tensor = torch.func.jvp(f, (theta,), (v,))[1]
             return tangent.detach().reshape(-1)
 

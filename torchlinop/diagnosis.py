@@ -37,8 +37,7 @@ def second_derivatives_explained(
             node = _node_name(operation[1])
             raise DoubleBackwardError(
                 f'"{operation[1]}"{_module_of(model, evaluate, node)} has no second derivative. '
-                'Load the model with attn_implementation="eager" if it is an attention kernel, '
-                'or use method="finite_difference"'
+                f'{_instead_of(node)}, or use method="finite_difference"'
             ) from error
         if "sparse tensors" in text:
             raise DoubleBackwardError(
@@ -110,6 +109,12 @@ def _node_name(operation: str) -> str:
     """``aten::_flash_attention_backward`` -> ``flashattention``, as forward nodes are named."""
     name = operation.removeprefix("aten::").removesuffix("_backward")
     return name.replace("_", "").lower()
+
+
+def _instead_of(node_name: str) -> str:
+    if "attention" in node_name:
+        return 'Load the model with attn_implementation="eager"'
+    return "Write it as a formula of other operations"
 
 
 def _module_of(model: nn.Module, evaluate: Callable[[], Tensor], node_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Formulas in place of kernels whose second derivative torch gets wrong."""
+"""Formulas in place of kernels whose second derivative torch gets wrong, or a refusal of them."""
 
 from __future__ import annotations
 
@@ -85,6 +85,32 @@ class WithFormulas(Replacing):
         torch._weight_norm: weight_norm,
         F.group_norm: group_norm,
         torch.group_norm: group_norm,
+    }
+
+
+def _not_of_products(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` but for ``reduce="prod"``."""
+
+    def checked(  # as torch orders them
+        input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, **options: Any
+    ) -> Tensor:
+        if reduce == "prod":
+            raise NotImplementedError('the forward AD of scatter_reduce with "prod" is wrong')
+        return function(input, dim, index, src, reduce, **options)
+
+    return checked
+
+
+class WithoutWrongForwardRules(Replacing):
+    """Inside, functions of which torch has a forward rule that is wrong have none.
+
+    That of ``scatter_reduce`` with products is off by as much as its size, on one entry as on
+    several (measured with torch 2.15).
+    """
+
+    formulas: ClassVar = {
+        function: _not_of_products(function)
+        for function in (torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
     }
 
 

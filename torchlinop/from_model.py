@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch, detached_copy
-from torchlinop.choices import refuse_unknown
+from torchlinop.choices import refuse_unknown, refuse_unknown_options
 from torchlinop.data import WeightedData, pinned_data, reread_data
 from torchlinop.errors import NonDeterministicDataError, NonFiniteError, OptionError
 from torchlinop.losses.functions import refuse_unfit_function
@@ -24,6 +23,7 @@ from torchlinop.objective import LossFn, Objective, scalar
 from torchlinop.parameters import ParameterLayout, ParamFilter
 from torchlinop.random_state import preserved_random_state, reseed
 from torchlinop.settings import checks_wanted
+from torchlinop.signatures import takes
 from torchlinop.space import VectorSpace
 from torchlinop.weighting import BATCH_MEAN, Weighting
 from torchlinop.weighting_trials import find_weighting
@@ -174,13 +174,6 @@ def refuse_changing_data(
         )
 
 
-def refuse_unknown_options(options: Mapping[str, object], known: Collection[str]) -> None:
-    """Raise OptionError for a keyword that is not among ``known``."""
-    for name in options.keys() - known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
-        raise OptionError(f"unknown option {name!r}; did you mean one of {', '.join(close)}?")
-
-
 def refuse_bad_seed(name: str, seed: object) -> None:
     """Raise OptionError unless ``seed`` is an integer of at least 0."""
     _refuse_below(name, seed, 0)
@@ -205,7 +198,7 @@ def refuse_bad_options(
         if number is not None:
             _refuse_below(name, number, 1)
     refuse_unknown("weighting", weighting, get_args(WeightingName))
-    if weight is not None and not callable(weight):
+    if weight is not None and not (callable(weight) and takes(weight, 1)):
         raise OptionError(
             f"expected weight to be a function of a batch, got {weight!r}; "
             "pass weight=lambda batch: len(batch[1])"

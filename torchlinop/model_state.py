@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from torchlinop.articles import kind_of
 from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError, TrainModeWarning, warn_caller
 from torchlinop.formulas import WithFormulas, needs_formulas
@@ -37,7 +38,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
         raise OptionError(
-            f"expected a torch.nn.Module that runs in Python, got a {type(model).__name__}; "
+            f"expected a torch.nn.Module that runs in Python, got {kind_of(model)}; "
             "give the operator the model from before torch.jit.script or trace"
         )
     while True:

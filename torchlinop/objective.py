@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlinop.articles import kind_of
 from torchlinop.batches import Batch, detached_copy, shell
 from torchlinop.data import WeightedData
 from torchlinop.derivatives import Function, gradient_of
@@ -145,7 +146,7 @@ def scalar(loss: object) -> Tensor:
     """What a loss function returned, as a tensor of shape (); LossShapeError if it is no scalar."""
     if not isinstance(loss, Tensor):
         raise LossShapeError(
-            f"loss_fn returned a {type(loss).__name__}, expected a scalar tensor; "
+            f"loss_fn returned {kind_of(loss)}, expected a scalar tensor; "
             "return its .loss if it is a model output, and no float"
         )
     if loss.is_complex():

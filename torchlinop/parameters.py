@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchlinop.dtypes import coarsest
 from torchlinop.errors import NoParametersError, OptionError, ParameterError, VectorError
+from torchlinop.signatures import takes
 
 ParamFilter = Callable[[str, nn.Parameter], bool]
 
@@ -94,15 +95,12 @@ class ParameterLayout:
 
         Raises:
             NoParametersError: nothing is selected.
-            OptionError: the filter cannot be called.
+            OptionError: the filter is no function of two arguments.
             ParameterError: a selected parameter is complex or has no data, or is a DTensor where
                 none is expected.
         """
-        if param_filter is not None and not callable(param_filter):
-            raise OptionError(
-                f"expected param_filter to be a function (name, parameter) -> bool, got "
-                f"{param_filter!r}; pass match_names(...) for patterns of names"
-            )
+        if param_filter is not None:
+            _refuse_unfit_filter(param_filter)
         tied: dict[object, tuple[nn.Parameter, list[str]]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             tied.setdefault(_storage(parameter), (parameter, []))[1].append(name)
@@ -210,7 +208,9 @@ class ParameterLayout:
 
         Raises:
             NoParametersError: no slot is accepted.
+            OptionError: the filter is no function of two arguments.
         """
+        _refuse_unfit_filter(param_filter)
         slots = tuple(
             slot
             for slot in self.slots
@@ -230,6 +230,20 @@ class ParameterLayout:
         moved = (replace(slot, offset=o) for slot, o in zip(slots, offsets, strict=False))
         left = tuple(name for slot in self.slots if slot not in slots for name in slot.names)
         return ParameterLayout(tuple(moved), self.frozen, self.filtered + left)
+
+
+def _refuse_unfit_filter(param_filter: object) -> None:
+    if not callable(param_filter):
+        given = repr(param_filter)
+    elif not takes(param_filter, 2):
+        name = getattr(param_filter, "__name__", repr(param_filter))
+        given = f"{name}, which does not take two arguments"
+    else:
+        return
+    raise OptionError(
+        f"expected param_filter to be a function (name, parameter) -> bool, got {given}; "
+        "pass match_names(...) for patterns of names"
+    )
 
 
 def _storage(parameter: nn.Parameter) -> object:

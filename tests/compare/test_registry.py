@@ -106,6 +106,11 @@ def test_half_precision_is_for_our_solvers():
     assert theirs.unsuited(half, "LA") == "not for torch.bfloat16"
 
 
+def test_a_kind_of_solver_has_the_article_of_its_name():
+    with pytest.raises(OptionError, match="expected the name of a linear solver or a function"):
+        linear_solver.select([3])
+
+
 def test_kinds_of_solvers_do_not_mix():
     assert "torchlinop minres" in linear_solver.names
     assert "torchlinop minres" not in eigensolver.names

@@ -3,16 +3,20 @@
 import copy
 
 import problems
+import pytest
 import torch
 import torch.distributed as dist
 from processes import failures, on_ranks
 from test_fully_sharded import pytestmark, relative, sharded  # noqa: F401
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.nn.functional import cross_entropy
 
 from torchlinop import HessianOperator, match_names
 from torchlinop.distributed.fully_sharded import FSDPHessianOperator
+
+_TIES_ARE_KNOWN = "_orig_param_uid" in FSDPParam.__annotations__
 
 
 def pair(model, make=sharded, loss_fn=None, **options):
@@ -140,3 +144,61 @@ def test_a_loss_that_takes_shards_from_the_model_is_refused():
     assert told[0][0] == "ShardingError"
     assert told[0][1].startswith("the loss uses the shards of 0.weight and 3 more directly, and")
     assert told[0][1].endswith("a weight decay of λ|θ|²/2 is a damping of λ")
+
+
+def tied_across_groups():
+    problem = problems.tied()
+    model = problem.model
+    for part in model.children():
+        fully_shard(part)
+    FSDPHessianOperator(fully_shard(model), problem.batches, problem.loss_fn)
+
+
+@pytest.mark.skipif(not _TIES_ARE_KNOWN, reason="this torch takes them for two parameters")
+def test_parameters_tied_across_groups_are_refused():
+    for kind, message in failures(2, tied_across_groups):
+        assert kind == "ShardingError"
+        assert "got embed.weight in one and head.weight in another" in message
+        assert message.endswith("call fully_shard([a, b]) on the modules that share it")
+
+
+class Multiplied(nn.Module):
+    """Products of features, by an operation whose forward rule is wrong in torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 4), nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = self.up(x)
+        where = torch.tensor([[0, 0, 1, 1]] * len(x))
+        return self.down(x.new_ones(len(x), 2).scatter_reduce(1, where, x, "prod"))
+
+
+def with_a_wrong_forward_rule():
+    A, reference, _ = pair(Multiplied().double(), fully_shard)
+    return A.method, str(A), error(A, reference)
+
+
+def test_a_forward_rule_that_is_wrong_is_not_used():
+    for method, described, off in on_ranks(2, with_a_wrong_forward_rule):
+        assert method.startswith("finite_difference")
+        assert "forward AD of scatter_reduce" in described
+        assert off <= 1e-7
+
+
+def after_a_forward_pass():
+    """Which leaves what the outermost group has, the second layer, gathered."""
+
+    def make(model):
+        fully_shard(model[0])
+        fully_shard(model)
+        model(torch.ones(2, 6).double())
+        return model
+
+    A, reference, _ = pair(problems.mlp().model, make)
+    return error(A, reference)
+
+
+def test_an_operator_may_be_built_after_a_forward_pass():
+    assert max(on_ranks(2, after_a_forward_pass)) <= 1e-14

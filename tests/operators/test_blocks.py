@@ -192,6 +192,7 @@ def test_blocks_need_named_parameters():
     [
         ("layer", r"unknown grouping by='layer'; choose one of parameter, module, or a function"),
         (None, r"unknown grouping by=None; choose one of parameter, module"),
+        (str.upper, r"unknown grouping by=<method 'upper'.*; .* or a function \(name, slot\) ->"),
         (lambda name, slot: None, "expected by.*to return a label, a string, got None for '0.wei"),
     ],
 )

@@ -50,6 +50,28 @@ def test_packed_sequences_are_exact_by_forward_mode():
     torch.testing.assert_close(H @ V, expected @ V, rtol=1e-11, atol=1e-13)
 
 
+SCATTERS = {
+    "function": lambda z, i, x, **how: torch.scatter_reduce(z, 1, i, x, **how),
+    "method": lambda z, i, x, **how: z.scatter_reduce(1, i, x, **how),
+    "in place": lambda z, i, x, **how: z.clone().scatter_reduce_(1, i, x, **how),
+}
+
+
+@pytest.mark.parametrize("scatter", SCATTERS)
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("reduce", ["prod", "mean"])
+def test_reduced_scatters_are_exact_by_forward_mode(scatter, include_self, reduce):
+    model, X, start = nn.Linear(2, 4).double(), torch.randn(3, 2).double(), torch.rand(3, 2) + 0.5
+    where, how = torch.tensor([[0, 0, 1, 1]] * 3), {"reduce": reduce, "include_self": include_self}
+
+    def loss(model, x):
+        return SCATTERS[scatter](start.double(), where, model(x), **how).sin().mean()
+
+    H = HessianOperator(model, [X], loss, weighting="batch-mean", method="forward_over_reverse")
+    expected = dense_hessian(lambda: loss(model, X), list(model.parameters()))
+    torch.testing.assert_close(H.to_dense(), expected, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["_cdist_backward", "'_cdist_backward'", "aten::_cdist_backward"])
 def test_a_missing_second_derivative_is_named_in_all_spellings_of_torch(name):
     def failing():

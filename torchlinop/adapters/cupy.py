@@ -12,6 +12,7 @@ from torch import Tensor
 from torchlinop.adapters.adapter import Adapter, AnyOperator
 from torchlinop.adapters.cupy_memory import copy_of_cupy, cupy, cupy_of, tensor_of_cupy
 from torchlinop.adapters.dlpack import torch_dtype
+from torchlinop.articles import kind_of
 from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.explicit import MatrixOperator
@@ -132,7 +133,7 @@ class CuPyMatrix(CurvatureOperator):
 
     def __init__(self, matrix: Any, device: torch.device) -> None:
         space = VectorSpace(matrix.shape[0], torch_dtype(matrix.dtype), device)
-        super().__init__(space, description=[f"a {type(matrix).__name__} of CuPy"])
+        super().__init__(space, description=[f"{kind_of(matrix)} of CuPy"])
         self.matrix = matrix
 
     def _matmat(self, V: Tensor) -> Tensor:

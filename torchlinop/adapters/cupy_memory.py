@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from torchlinop.adapters.dlpack import exchangeable
+from torchlinop.articles import with_article
 from torchlinop.errors import OptionError, VectorError
 
 # DLDeviceType of DLPack.
@@ -113,7 +114,9 @@ def _refuse_elsewhere(x: Any, device: torch.device) -> None:
         )
     if not isinstance(x, cupy().ndarray):
         name = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise VectorError(f"{wanted} a {name}; pass cupy.asarray(x), say, or as_linear_operator")
+        raise VectorError(
+            f"{wanted} {with_article(name)}; pass cupy.asarray(x), say, or as_linear_operator"
+        )
     kind, index = x.__dlpack_device__()
     if kind != _CUDA:
         memory = _MEMORY.get(kind, f"memory of DLPack device type {kind}")

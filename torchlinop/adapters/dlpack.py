@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchlinop.articles import with_article
 from torchlinop.errors import VectorError
 
 Array = NDArray[np.generic]
@@ -105,8 +106,9 @@ def host_array(x: object) -> Array:
         VectorError: the array is not in host memory.
     """
     if hasattr(x, "__cuda_array_interface__"):
+        name = f"{type(x).__module__}.{type(x).__name__}"
         raise VectorError(
-            f"expected a NumPy array, got a {type(x).__module__}.{type(x).__name__} on the GPU; "
+            f"expected a NumPy array, got {with_article(name)} on the GPU; "
             "bring it to the host, or take as_cupy_operator(operator)"
         )
     return np.asarray(x)

@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import multiply, run_of_products
 from torchlinop.algorithms.result import Result
+from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.student import student_quantile
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -128,6 +130,8 @@ def block_coupling(
     scale, arXiv:2602.00816, section 6, as ratios of means.
     """
     seed = checked_seed(seed)
+    refuse_no_operator(op)
+    refuse_fractions(num_probes=num_probes)
     if num_probes < 2:
         raise OptionError(
             f"expected num_probes to be at least 2, for standard errors, got {num_probes}; "

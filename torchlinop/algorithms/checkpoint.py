@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class Checkpoint:
     def __init__(
         self, path: str | Path, fingerprint: Mapping[str, Any], space: VectorSpace | None = None
     ) -> None:
+        if not isinstance(path, str | PathLike):
+            raise OptionError(
+                f'expected checkpoint to be a path, got {path!r}; pass "run.safetensors", say'
+            )
         self.path = Path(path)
         self.store = FileStore(self.path) if space is None else space.store(path)
         self.fingerprint = json.loads(json.dumps(dict(fingerprint), default=_in_json))

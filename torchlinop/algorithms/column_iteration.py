@@ -19,7 +19,7 @@ from torchlinop.algorithms.iterates import Method, State, replaced, taken, withi
 from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.linear_system import System
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers, refuse_run
 from torchlinop.algorithms.solve_result import SolveResult, Status, advice
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.errors import (
@@ -58,6 +58,7 @@ def solve_by(
         SymmetryError: A is not symmetric, or its products do not repeat.
         NotConvergedError: by strict=True, where others warn.
     """
+    refuse_run(damping, max_seconds)
     rtol, max_iter = checked_limits(op, rtol, max_iter, preconditioner)
     with symmetric_run(op, damping=damping, max_seconds=max_seconds, progress=progress) as A:
         B, units = right_hand_sides(A, b)
@@ -83,12 +84,16 @@ def checked_limits(
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     max_iter = 1000 if max_iter is None else max_iter
     refuse_fractions(max_iter=max_iter)
+    refuse_non_numbers(rtol=rtol)
     if not 0 < rtol < 1 or max_iter < 1:
         raise OptionError(
             f"expected rtol between 0 and 1 and max_iter at least 1, got rtol={rtol} and "
             f"max_iter={max_iter}; leave them out for √eps and 1000"
         )
-    if preconditioner is not None and preconditioner.space != op.space:
+    if preconditioner is None:
+        return rtol, max_iter
+    refuse_no_operator(preconditioner, "preconditioner")
+    if preconditioner.space != op.space:
         raise VectorError(
             f"expected a preconditioner on the space of the operator, got {preconditioner!r} for "
             f"{op!r}; build both from the same parameters, dtype and device"

@@ -12,6 +12,7 @@ from torchlinop.algorithms.column_iteration import solve_by
 from torchlinop.algorithms.iterates import Iterate, Method
 from torchlinop.algorithms.linear_system import SolveOptions, System
 from torchlinop.algorithms.solve_result import SolveResult
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.operators.base import CurvatureOperator
 
 
@@ -36,6 +37,7 @@ def conjugate_gradient(
 
     Source: Hestenes and Stiefel 1952; O'Leary 1980 for several right-hand sides.
     """
+    refuse_unknown_options(options, SolveOptions.__optional_keys__)
     return solve_by(cg_method, op, b, **options)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.early_stop import announced, notes, taken
+from torchlinop.algorithms.hutchinson import unseen
 from torchlinop.algorithms.leave_one_out import drop, without_direction
 from torchlinop.algorithms.probes import (
     Probes,
@@ -111,8 +112,8 @@ def diagonal(
         found = estimator(products, num_matvecs, seed)
         on_host(products, A.space.norm(found.estimate)[None])
     stderr = found.stderr
-    if not exact:  # what no probe can see is the rounding of the products
-        stderr = torch.maximum(stderr, torch.finfo(A.dtype).eps * found.estimate.abs())
+    if not exact:
+        stderr = torch.maximum(stderr, unseen(A.dtype) * found.estimate.abs())
     result = DiagonalResult(
         found.estimate * A.scale,
         stderr * A.scale,

@@ -11,7 +11,7 @@ import torch
 from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.krylov_schur import Target, Which
 from torchlinop.algorithms.products import breakdown, roundoff, working_dtype
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import given, refuse_fractions, refuse_non_numbers
 from torchlinop.choices import refuse_unknown
 from torchlinop.errors import MemoryEstimateError, OptionError
 from torchlinop.memory import free_bytes
@@ -39,6 +39,7 @@ def target_of(
     """
     refuse_no_operator(op)
     refuse_fractions(k=k)
+    refuse_non_numbers(**given(tol=tol))
     if not 1 <= k <= op.size:
         raise OptionError(
             f"expected k from 1 to n = {op.size:,}, got {k}; for all eigenvalues of a small matrix "
@@ -99,7 +100,7 @@ class Request:
     def refuse(self) -> None:
         """Raise OptionError if an option is not among its choices."""
         target_of(self.op, self.k, self.which, self.tol)
-        refuse_fractions(max_iter=self.max_iter, ncv=self.ncv)
+        refuse_fractions(**given(max_iter=self.max_iter, ncv=self.ncv))
         n, k = self.op.size, self.k
         if self.max_iter is not None and self.max_iter < self._least_products:
             raise OptionError(
@@ -111,6 +112,7 @@ class Request:
                 f"expected ncv from k + 1 = {k + 1} to n = {n:,}, got {self.ncv}; leave it out"
             )
         self._refuse_blocks()
+        self._refuse_device()
 
     @property
     def _least_products(self) -> int:
@@ -121,7 +123,12 @@ class Request:
 
     def _refuse_blocks(self) -> None:
         b, storage = self.block_size, self.basis_dtype
-        if not (b in (None, "auto") or (isinstance(b, int) and b >= 1)):
+        if storage is not None and not isinstance(storage, torch.dtype):
+            raise OptionError(
+                f"expected basis_dtype to be a torch.dtype, got {storage!r}; take torch.float16"
+            )
+        named = b == "auto" if isinstance(b, str) else b is None
+        if not (named or (isinstance(b, int) and not isinstance(b, bool) and b >= 1)):
             raise OptionError(
                 f'expected block_size to be at least 1, or "auto", got {b!r}; leave it out'
             )
@@ -137,6 +144,15 @@ class Request:
                 f"reorthogonalize={self.mode!r} has no blocks and no other basis; leave out "
                 'block_size, basis_dtype and basis_device, or take reorthogonalize="full"'
             )
+
+    def _refuse_device(self) -> None:
+        try:
+            torch.empty(0, device=self.basis_device)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise OptionError(
+                f"expected basis_device to be a device that is here, got {self.basis_device!r}; "
+                'take "cpu", or leave it out'
+            ) from error
 
     def target(self) -> Target:
         """The pairs asked for."""

@@ -17,6 +17,7 @@ from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.tridiagonal import LanczosTridiag, Recurrence, start_vector
 from torchlinop.algorithms.unit_scale import UnitScale
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.errors import DefinitenessError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -172,6 +173,7 @@ def condition_number(
             spectrum, where products do not lead.
         OptionError: fewer than one product; NonFiniteError: a product holds NaN or infinity.
     """
+    refuse_unknown_options(options, _Options.__optional_keys__)
     ends = extremal_eigenvalues(op, num_matvecs, **options)
     noise = breakdown(op.dtype) * ends.largest
     if ends.smallest < -abs(noise):

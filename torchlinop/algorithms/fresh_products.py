@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.products import Products
 from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
@@ -21,8 +22,8 @@ class Draws:
     def __init__(self, operators: Operators, seed: int) -> None:
         self._operators = operators
         self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
-        if not callable(operators) and not len(operators):
-            raise OptionError("expected at least one operator, got none; pass one a minibatch")
+        if not callable(operators):
+            _refuse_no_list(operators)
         self.first = self._drawn(0)
 
     def operator(self, t: int) -> CurvatureOperator:
@@ -37,8 +38,21 @@ class Draws:
 
     def _drawn(self, t: int) -> CurvatureOperator:
         if callable(self._operators):
-            return self._operators(t)
-        return self._operators[int(self._random.integers(len(self._operators)))]
+            op = self._operators(t)
+        else:
+            op = self._operators[int(self._random.integers(len(self._operators)))]
+        refuse_no_operator(op, f"the operator of step {t}")
+        return op
+
+
+def _refuse_no_list(operators: object) -> None:
+    if not isinstance(operators, Sequence):
+        raise OptionError(
+            "expected operators to be a list, or a function of the step, got "
+            f"{type(operators).__name__}; pass lambda t: HessianOperator(...), say"
+        )
+    if not operators:
+        raise OptionError("expected at least one operator, got none; pass one a minibatch")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchlinop.algorithms.column_buffer import ColumnBuffer
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.hutchinson import Estimate, of_independent
-from torchlinop.algorithms.probes import Probes, forms, on_host
+from torchlinop.algorithms.probes import WIDTH, Probes, forms, on_host
 from torchlinop.algorithms.products import Products
 from torchlinop.space import Distribution
 
@@ -21,6 +22,7 @@ class _Split(NamedTuple):
 
     rank: int
     captured: Tensor  # tr(QᵀAQ)
+    magnitude: Tensor  # Σ |qᵀAq|
     residuals: Tensor  # (k,)
 
 
@@ -44,7 +46,7 @@ class HutchPlusPlus:
         self._tests = Probes(space, distribution, seed, 1)
         self._basis = OrthonormalColumns(space)
         zero = torch.zeros(1, dtype=torch.float64, device=space.device)
-        self._split = _Split(0, zero[0], zero[:0])
+        self._split = _Split(0, zero[0], zero[0], zero[:0])
 
     @property
     def matvecs(self) -> int:
@@ -69,8 +71,12 @@ class HutchPlusPlus:
             self._split = old._replace(residuals=torch.cat([old.residuals, residuals]))
 
     def estimate(self) -> Estimate:
-        residuals, captured = on_host(self._products, self._split.residuals, self._split.captured)
-        return of_independent(residuals, float(captured))
+        split = self._split
+        residuals, captured, magnitude = on_host(
+            self._products, split.residuals, split.captured, split.magnitude
+        )
+        found = of_independent(residuals, float(captured))
+        return replace(found, magnitude=float(magnitude))
 
     def _deflated(self, rank: int) -> _Split:
         """The split with the directions Q up to this column moved from residual to captured.
@@ -87,7 +93,12 @@ class HutchPlusPlus:
             G = self._basis.project_out(G, old.rank)  # noqa: PLW2901
             C, ZG = space.inner(Q, G), space.inner(Z, G)
             changes.append((C * (H @ C - 2 * ZG)).sum(0))
-        return _Split(rank, old.captured + H.trace(), old.residuals + torch.cat(changes))
+        return _Split(
+            rank,
+            old.captured + H.trace(),
+            old.magnitude + H.diagonal().abs().sum(),
+            old.residuals + torch.cat(changes),
+        )
 
 
 class NonAdaptiveHutchPlusPlus:
@@ -136,10 +147,16 @@ class NonAdaptiveHutchPlusPlus:
         SZ = torch.cat([space.inner(S, Z) for S in self._S.chunks(0, s)])
         GZ = torch.cat([space.inner(G, Z) for G in self._G.chunks(0, g)])
         GW = torch.cat([space.inner(G, W) for G in self._G.chunks(0, g)])
-        SZ, GZ, GW, WZ, GAG = on_host(
-            self._products, SZ, GZ, GW, space.inner(W, Z), torch.cat(self._forms)[:g]
-        )
+        SZ, GZ, GW, GAG = on_host(self._products, SZ, GZ, GW, torch.cat(self._forms)[:g])
+        U, sigma, Vh = torch.linalg.svd(SZ, full_matrices=False)
         # Singular values below the rounding of the products say nothing.
-        eps = torch.finfo(self._products.operator.dtype).eps
-        M = torch.linalg.pinv(SZ, rtol=r * eps)
-        return of_independent(GAG - ((GZ @ M) * GW).sum(1), float((M @ WZ).trace()))
+        told = sigma > r * torch.finfo(self._products.operator.dtype).eps * sigma[0]
+        U, sigma, V = U[:, told], sigma[told], Vh[told].T
+        # Z M Wᵀ = Σ (Z v) (W u)ᵀ / σ, and Z v and W u are as small as σ: of tr(M WᵀZ), in which
+        # they are not combined, rounding divided by the smallest σ would be left.
+        pairs = zip(U.split(WIDTH, 1), V.split(WIDTH, 1), strict=True)
+        dots = [self._products.dots(W @ u.to(W), Z @ v.to(Z)) for u, v in pairs]
+        captured = torch.cat(dots).cpu() / sigma
+        residuals = GAG - ((GZ @ V) * (GW @ U) / sigma).sum(1)
+        found = of_independent(residuals, float(captured.sum()))
+        return replace(found, magnitude=float(captured.abs().sum()))

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.probes import Probes, forms, on_host
-from torchlinop.algorithms.products import Products
+from torchlinop.algorithms.products import Products, roundoff
 from torchlinop.algorithms.student import student_quantile
 from torchlinop.errors import OptionError
 from torchlinop.space import Distribution
+
+_ROUNDINGS = 4  # in an estimate, which sums many of them: observed up to 4 beyond the rank
+
+
+def unseen(dtype: torch.dtype) -> float:
+    """What rounding does to all products alike, relative to ``Σ |terms|``: no probe can see it."""
+    return max(torch.finfo(dtype).eps, _ROUNDINGS * roundoff(dtype))
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,8 @@ class Estimate:
 
     samples: Tensor  # (k,) float64, on the CPU
     stderr: float
+    # Σ |terms| where the estimate is a sum whose terms may cancel: what rounding is relative to.
+    magnitude: float = 0.0
 
     @property
     def value(self) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import time
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
-from typing import Literal, SupportsIndex
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of
 from torchlinop.algorithms.ritz_result import Found, finished
 from torchlinop.algorithms.run_file import RunFile
-from torchlinop.algorithms.starting_block import starting_block
+from torchlinop.algorithms.starting_block import refuse_no_start, starting_block
 from torchlinop.algorithms.symmetric_run import symmetric_run
-from torchlinop.errors import VectorError
+from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
 log = logging.getLogger("torchlinop")
@@ -122,13 +122,18 @@ def lanczos(
         >>> eigenvalues.round(decimals=6)
         tensor([100.,  99.,  98.], dtype=torch.float64)
     """
-    if isinstance(block_size, SupportsIndex):  # NumPy's integers too
-        block_size = operator.index(block_size)
+    if isinstance(block_size, Integral) and not isinstance(block_size, bool):  # NumPy's too
+        block_size = int(block_size)
     request = Request(
         op, k, max_iter, which, tol, name_of(reorthogonalize), ncv, block_size, verify,
         basis_dtype, basis_device,
     )  # fmt: skip
     request.refuse()
+    refuse_no_start(v0)
+    if not (callback is None or callable(callback)):
+        raise OptionError(
+            f"expected callback to be a function of three arguments, got {callback!r}; leave it out"
+        )
     seed = checked_seed(seed)
     file = RunFile(checkpoint, request, seed)
     request = file.as_begun(request)

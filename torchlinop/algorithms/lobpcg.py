@@ -12,12 +12,13 @@ from torch import Tensor
 from torchlinop.algorithms.conjugate_blocks import Blocks
 from torchlinop.algorithms.eigen_request import target_of
 from torchlinop.algorithms.eigen_result import EigenResult
+from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.krylov_schur import Limits, Ritz, Status, Target
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, named
-from torchlinop.algorithms.sizes import refuse_fractions
-from torchlinop.algorithms.starting_block import starting_block
+from torchlinop.algorithms.sizes import given, refuse_fractions
+from torchlinop.algorithms.starting_block import refuse_no_start, starting_block
 from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -89,8 +90,9 @@ def lobpcg(
         >>> eigenvalues.round(decimals=6)
         tensor([1., 2.], dtype=torch.float64)
     """
-    refuse_fractions(max_iter=max_iter, guard=guard)
+    refuse_fractions(**given(max_iter=max_iter, guard=guard))
     target = target_of(op, k, _checked(which), tol)
+    refuse_no_start(v0)
     seed = checked_seed(seed)
     guard = max(2, k // 2) if guard is None else guard
     most = min(op.size, k + guard)
@@ -200,7 +202,7 @@ def _columns(v0: Tensor | EigenResult | None) -> int:
 
 
 def _checked(which: End) -> End:
-    if which not in get_args(End):
+    if not isinstance(which, str) or which not in get_args(End):
         raise OptionError(
             f'unknown which {which!r}; choose "LA" or "SA", or take lanczos for other ends'
         )
@@ -217,7 +219,10 @@ def _refuse(
             f"expected max_iter, the budget of products, to be at least {least}, one for every "
             f"column of the block, got {budget}; take {20 * least}, say"
         )
-    if M is not None and M.space != op.space:
+    if M is None:
+        return
+    refuse_no_operator(M, "preconditioner")
+    if M.space != op.space:
         raise VectorError(
             f"expected a preconditioner on the space of the operator, got {M!r} for {op!r}; "
             "build both from the same parameters, dtype and device"

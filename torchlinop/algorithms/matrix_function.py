@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.early_stop import announced
-from torchlinop.algorithms.given_operator import refuse_no_operator
+from torchlinop.algorithms.given_operator import refuse_no_operator, refuse_no_tensor
 from torchlinop.algorithms.node_values import ScalarFunction, values_at
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.right_hand_sides import right_hand_sides
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal, tridiagonals
 from torchlinop.dtypes import name_of
@@ -95,16 +95,20 @@ def apply_function(
     """
     refuse_no_operator(op)
     rtol = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
+    refuse_no_tensor("b", b)
+    if not callable(f):
+        raise OptionError(
+            f"expected f to be a function of a tensor, got {f!r}; pass torch.exp, say"
+        )
     refuse_fractions(steps=steps)
+    refuse_non_numbers(rtol=rtol)
     if steps < 1 or not rtol >= 0:
         raise OptionError(
             f"expected steps to be at least 1 and rtol not negative, got steps={steps} and "
             f"rtol={rtol}; leave them out for 100 and √eps"
         )
-    last = min(steps, op.size)
-    with symmetric_run(
-        op, total=b[:1].numel() * last, max_seconds=max_seconds, progress=progress
-    ) as A:
+    last, width = min(steps, op.size), b.shape[1] if b.ndim > 1 else 1
+    with symmetric_run(op, total=width * last, max_seconds=max_seconds, progress=progress) as A:
         B, units = right_hand_sides(A, b)
         norms = A.norms(B)
         V = B / norms.where(norms > 0, 1.0).to(B.dtype)

@@ -12,6 +12,7 @@ from torchlinop.algorithms.column_iteration import solve_by
 from torchlinop.algorithms.iterates import Iterate, Method
 from torchlinop.algorithms.linear_system import SolveOptions, System
 from torchlinop.algorithms.solve_result import SolveResult
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.operators.base import CurvatureOperator
 
 _STUCK = 10  # roundoffs of ‖A‖: a pivot so small is zero
@@ -48,6 +49,7 @@ def minres(op: CurvatureOperator, b: Tensor, **options: Unpack[SolveOptions]) ->
 
     Source: Paige and Saunders, SIAM J. Numer. Anal. 12 (1975).
     """
+    refuse_unknown_options(options, SolveOptions.__optional_keys__)
     return solve_by(minres_method, op, b, **options)
 
 

@@ -15,7 +15,7 @@ from torchlinop.algorithms.early_stop import announced, notes, taken
 from torchlinop.algorithms.extremal import ROUNDINGS, bracket
 from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
-from torchlinop.algorithms.hutchinson import of_independent
+from torchlinop.algorithms.hutchinson import of_independent, unseen
 from torchlinop.algorithms.probes import (
     WIDTH,
     Probes,
@@ -100,7 +100,7 @@ def norm(
             NaN or infinity. NotConvergedError: time was over before n products for an exact norm.
     """
     refuse_no_operator(op)
-    if ord not in get_args(Ord):
+    if not isinstance(ord, int | str) or ord not in get_args(Ord):
         raise OptionError(f'unknown ord {ord!r}; choose 2, "fro" or "nuc"')
     m = _USUAL[ord] if num_matvecs is None else num_matvecs
     refuse_num_matvecs(m)
@@ -152,7 +152,7 @@ def _frobenius(
     found = square.value**0.5
     # d√x = dx / 2√x
     stderr = square.stderr / (2 * found) if found else 0.0
-    rounding = torch.finfo(op.dtype).eps * found  # no probe can see it
+    rounding = unseen(op.dtype) * found
     return _Found(
         found * A.scale,
         max(stderr, rounding) * A.scale,

@@ -13,7 +13,7 @@ from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.gram_schmidt import OrthonormalColumns
 from torchlinop.algorithms.probes import checked_seed, on_host
 from torchlinop.algorithms.products import roundoff, run_of_products
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import given, refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import DefinitenessError, OptionError
 from torchlinop.operators.base import CurvatureOperator
@@ -123,6 +123,7 @@ def nystrom(
 def _refuse(op: CurvatureOperator, rank: int, shift: float | None) -> None:
     refuse_no_operator(op)
     refuse_fractions(rank=rank)
+    refuse_non_numbers(**given(shift=shift))
     if not 1 <= rank <= op.size:
         raise OptionError(f"expected rank from 1 to n = {op.size:,}, got {rank}; take 20, say")
     if shift is not None and not 0 <= shift < math.inf:

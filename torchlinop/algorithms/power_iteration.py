@@ -18,7 +18,7 @@ from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
 from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import OptionError, TorchlinopWarning
 from torchlinop.operators.base import CurvatureOperator
@@ -99,6 +99,7 @@ def deflated_power_iteration(
     target = target_of(op, k, "LM", tol)
     seed = checked_seed(seed)
     refuse_fractions(max_iter=max_iter)
+    refuse_non_numbers(momentum=momentum)
     if max_iter < 1:
         raise OptionError(f"expected max_iter to be at least 1, got {max_iter}; take 1000, say")
     if not 0 <= momentum < math.inf:

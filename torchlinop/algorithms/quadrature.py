@@ -19,9 +19,10 @@ from torchlinop.algorithms.given_operator import refuse_no_operator
 from torchlinop.algorithms.probes import Probes, checked_seed
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.quadrature_result import Quadrature, SpectralSum
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import Stage, ThreeTermRecurrence, tridiagonals
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.errors import NonFiniteError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -254,6 +255,9 @@ def logdet(
     Raises:
         NonFiniteError: the matrix is not positive definite, beyond rounding.
     """
+    refuse_no_operator(op)
+    refuse_unknown_options(options, LongRun.__optional_keys__)
+    refuse_non_numbers(damping=damping)
     quadrature = slq(
         op.shift(damping) if damping else op, num_probes, num_steps, seed=seed, **options
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torchlinop.algorithms.estimates import (
     Estimate,
     Interval,
     mean_of,
+    of_probes,
     quantile,
     refuse_probability,
 )
@@ -48,7 +49,7 @@ class SpectralSum(Result):
     """``tr f(A) = Σ f(λ_i)``, estimated."""
 
     estimate: float
-    stderr: float  # of the mean over the independent probes; infinite for a single one
+    stderr: float  # by the law of `of_probes`; infinite for a single one
     samples: Tensor  # (probes,)
     matvecs: int
     seed: int
@@ -106,7 +107,7 @@ class Quadrature(Result):
     def cdf(self, x: Tensor | float) -> Estimate:
         """The fraction of eigenvalues that are at most x, for any shape of x."""
         points = torch.as_tensor(x, dtype=torch.float64)
-        return mean_of(torch.stack([_distribution(rule, points) for rule in self.rules]))
+        return self._fraction([_distribution(rule, points) for rule in self.rules])
 
     def cdf_bounds(self, x: Tensor | float) -> tuple[Estimate, Estimate]:
         """Bounds below and above on what the cdf would be with the same probes and many steps.
@@ -116,8 +117,8 @@ class Quadrature(Result):
         """
         points = torch.as_tensor(x, dtype=torch.float64)
         pairs = [sharp_bounds(*rule, points) for rule in self.rules]
-        low, high = (torch.stack(side) for side in zip(*pairs, strict=True))
-        return mean_of(low), mean_of(high)
+        low, high = zip(*pairs, strict=True)
+        return self._fraction(low), self._fraction(high)
 
     def density(self, grid: Tensor, sigma: Bandwidth = None) -> Estimate:
         """The density of eigenvalues on an ascending grid (g,), smoothed by a Gaussian.
@@ -155,12 +156,13 @@ class Quadrature(Result):
         Raises:
             NonFiniteError: f is not finite at a node, and that node is not rounding of zero.
         """
-        samples = self.size * torch.stack(
-            [rule.weights @ values_at(f, rule.nodes, self.noise) for rule in self.rules]
-        )
-        mean, stderr = mean_of(samples)
+        weighted = [(rule.weights, values_at(f, rule.nodes, self.noise)) for rule in self.rules]
+        means = torch.stack([w @ values for w, values in weighted])
+        squares = [w @ (values - means.mean()) ** 2 for w, values in weighted]
+        mean, stderr = self._of_probes(means.mean(), torch.stack(squares).mean())
+        n = self.size
         return SpectralSum(
-            float(mean), float(stderr), samples, self.matvecs, self.seed, self.warnings
+            n * float(mean), n * float(stderr), n * means, self.matvecs, self.seed, self.warnings
         )
 
     def bandwidth(self, sigma: Bandwidth = None) -> float:
@@ -237,6 +239,15 @@ class Quadrature(Result):
         high = max(float(rule.nodes[-1] + rule.residuals[-1]) for rule in self.rules)
         sampling = 4 * math.log(2 * self.size / eta) / ((self.size + 2) * self.num_probes)
         return (high - low) * min(1.0, max(12 / (self.num_steps - 0.5), math.sqrt(sampling)))
+
+    def _fraction(self, samples: Sequence[Tensor]) -> Estimate:
+        """The mean of fractions of eigenvalues: of a function that is 0 or 1."""
+        p = torch.stack(list(samples)).mean(0)
+        return self._of_probes(p, p * (1 - p))
+
+    def _of_probes(self, mean: Tensor, variance: Tensor) -> Estimate:
+        complex_ = self.dtype.is_complex
+        return of_probes(mean, variance, self.num_probes, self.size, complex_)
 
     @property
     def _tolerance(self) -> float:

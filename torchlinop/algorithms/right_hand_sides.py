@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import small_dtype
+from torchlinop.algorithms.given_operator import refuse_no_tensor
 from torchlinop.algorithms.products import Products
 from torchlinop.errors import NonFiniteError, VectorError
 
@@ -19,6 +20,7 @@ def right_hand_sides(A: Products, b: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         VectorError: wrong shape, dtype or device; NonFiniteError: NaN or infinite entries.
     """
+    refuse_no_tensor("b", b)
     space = A.operator.space
     n = space.local_size
     if b.ndim not in (1, 2) or b.shape[0] != n:

@@ -35,8 +35,9 @@ def _edges(grid: Tensor) -> Tensor:
 
 def refuse_bandwidth(sigma: object) -> None:
     """Raise OptionError for what is no `Bandwidth`."""
-    number = isinstance(sigma, (int, float)) and 0 < sigma < math.inf
-    if not (number or sigma is None or sigma == "range/m"):
+    number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
+    named = sigma == "range/m" if isinstance(sigma, str) else sigma is None
+    if not (named or (number and 0 < sigma < math.inf)):
         raise OptionError(
             f'expected sigma to be a positive number, None or "range/m", got {sigma!r}; '
             "leave it out"

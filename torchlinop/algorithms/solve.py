@@ -11,8 +11,9 @@ from torchlinop.algorithms.column_iteration import checked_limits
 from torchlinop.algorithms.conjugate_gradient import conjugate_gradient
 from torchlinop.algorithms.linear_system import SolveOptions, StopOptions
 from torchlinop.algorithms.minres import minres
+from torchlinop.algorithms.sizes import refuse_run
 from torchlinop.algorithms.solve_result import SolveResult
-from torchlinop.choices import refuse_unknown
+from torchlinop.choices import refuse_unknown, refuse_unknown_options
 from torchlinop.operators.base import CurvatureOperator
 
 SolveMethod = Literal["auto", "minres", "cg"]
@@ -86,6 +87,8 @@ def inverse(
     Raises:
         OptionError, VectorError: as `solve`, of what can be told before a product.
     """
+    refuse_unknown_options(options, StopOptions.__optional_keys__)
+    refuse_run(damping, options.get("max_seconds", math.inf))
     checked_limits(op, options.get("rtol"), options.get("max_iter"), preconditioner)
     whole: SolveOptions = {"damping": damping, "preconditioner": preconditioner, **options}
     return InverseOperator(op, _checked(method), whole)

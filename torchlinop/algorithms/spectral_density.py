@@ -16,6 +16,7 @@ from torchlinop.algorithms.quadrature_result import Quadrature
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.sizes import refuse_fractions
 from torchlinop.algorithms.smoothing import Bandwidth, refuse_bandwidth
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -150,6 +151,7 @@ def spectral_density(  # noqa: PLR0917  # in the order that callers know
     Raises:
         OptionError: fewer than one probe or step, or two grid points; no such bandwidth.
     """
+    refuse_unknown_options(options, LongRun.__optional_keys__ | {"num_runs", "lanczos_steps"})
     refuse_fractions(num_grid_points=num_grid_points)
     if num_grid_points < 2:
         raise OptionError(f"expected two grid points or more, got {num_grid_points}; leave it out")

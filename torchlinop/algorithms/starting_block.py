@@ -45,7 +45,17 @@ def independent(
     return complete(empty, 0, V, columns - V.shape[1], seed=seed, draw=draw).mT.contiguous().mT
 
 
+def refuse_no_start(v0: object) -> None:
+    """Raise VectorError for what is no vector, no block, no earlier result and not None."""
+    if not (v0 is None or isinstance(v0, Tensor | EigenResult)):
+        raise VectorError(
+            f"expected v0 to be a tensor or an EigenResult, got {type(v0).__name__}; "
+            "pass torch.as_tensor(v0), or leave it out"
+        )
+
+
 def _of_space(op: CurvatureOperator, v0: Tensor | EigenResult, columns: int) -> Tensor:
+    refuse_no_start(v0)
     working = working_dtype(op.dtype)
     V = v0.eigenvectors[:, :columns] if isinstance(v0, EigenResult) else v0
     V = V[:, None] if V.ndim == 1 else V

@@ -15,7 +15,7 @@ from torchlinop.algorithms.orthogonal import real_dtype
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import run_of_products
 from torchlinop.algorithms.result import Result
-from torchlinop.algorithms.sizes import refuse_fractions
+from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.starting_block import starting_block
 from torchlinop.errors import OptionError
 from torchlinop.parameters import ParameterLayout
@@ -238,6 +238,7 @@ def _judged(run: FreshProducts, v: Tensor, quotient: Tensor, count: int) -> _Jud
 
 def _refuse(steps: int, momentum: float, tail: float) -> None:
     refuse_fractions(steps=steps)
+    refuse_non_numbers(momentum=momentum, tail=tail)
     if steps < _FEWEST:
         raise OptionError(f"expected steps to be at least {_FEWEST}, got {steps}; take 100, say")
     if not 0 <= momentum < math.inf:

@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack, get_args
 import torch
 
 from torchlinop.algorithms.early_stop import announced, notes, taken
-from torchlinop.algorithms.hutchinson import Estimate
+from torchlinop.algorithms.hutchinson import Estimate, unseen
 from torchlinop.algorithms.probes import (
     checked_seed,
     forms,
@@ -20,7 +20,8 @@ from torchlinop.algorithms.probes import (
     refuse_num_matvecs,
     unit_vectors,
 )
-from torchlinop.algorithms.products import Products, roundoff, run_of_products
+from torchlinop.algorithms.products import Products, run_of_products
+from torchlinop.algorithms.sizes import given, refuse_non_numbers
 from torchlinop.algorithms.trace_method import (
     ESTIMATORS,
     Estimator,
@@ -30,7 +31,7 @@ from torchlinop.algorithms.trace_method import (
 )
 from torchlinop.algorithms.trace_result import TraceResult
 from torchlinop.algorithms.unit_scale import UnitScale
-from torchlinop.choices import refuse_unknown
+from torchlinop.choices import refuse_unknown, refuse_unknown_options
 from torchlinop.errors import NotConvergedError, OptionError
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.space import Distribution
@@ -38,7 +39,6 @@ from torchlinop.space import Distribution
 log = logging.getLogger("torchlinop")
 
 _USUAL = 60  # products, if neither their number nor an accuracy is asked for
-_ROUNDINGS = 4  # in an estimate, which sums many of them: observed up to 4 beyond the rank
 _FIRST, _MOST = 32, 1000  # products before the first look at an accuracy, and at most
 
 
@@ -128,10 +128,14 @@ class TraceOptions(TypedDict, total=False):
     progress: bool
 
 
+_KEYWORDS = TraceOptions.__optional_keys__ | {"num_matvecs"}
+
+
 def hutchinson(
     op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
     """``trace`` by the mean of ωᵀAω."""
+    refuse_unknown_options(options, _KEYWORDS)
     return trace(op, num_matvecs, method="hutchinson", **options)
 
 
@@ -139,6 +143,7 @@ def hutch_plus_plus(
     op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
     """``trace`` exactly on a sketched subspace, and by probes outside of it."""
+    refuse_unknown_options(options, _KEYWORDS)
     return trace(op, num_matvecs, method="hutch++", **options)
 
 
@@ -146,6 +151,7 @@ def xtrace(
     op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
     """``trace`` by Hutch++ in which every probe is used for all purposes."""
+    refuse_unknown_options(options, _KEYWORDS)
     return trace(op, num_matvecs, method="xtrace", **options)
 
 
@@ -153,6 +159,7 @@ def xnystrace(
     op: CurvatureOperator, num_matvecs: int | None = None, **options: Unpack[TraceOptions]
 ) -> TraceResult:
     """``trace`` of A ≥ 0 by Nyström approximations."""
+    refuse_unknown_options(options, _KEYWORDS)
     return trace(op, num_matvecs, method="xnystrace", **options)
 
 
@@ -200,9 +207,7 @@ def _exact(products: Products, found: _Found | None) -> _Found:
 
 def _estimated(products: Products, estimator: Estimator, stopped: str) -> _Found:
     found = estimator.estimate()
-    dtype = products.operator.dtype
-    # What rounding does to all products alike, no probe can see.
-    rounding = max(torch.finfo(dtype).eps, _ROUNDINGS * roundoff(dtype)) * abs(found.value)
+    rounding = unseen(products.operator.dtype) * max(abs(found.value), found.magnitude)
     return _Found(replace(found, stderr=max(found.stderr, rounding)), stopped=stopped)
 
 
@@ -231,6 +236,7 @@ def _refuse_options(
 ) -> None:
     if num_matvecs is not None:
         refuse_num_matvecs(num_matvecs)
+    refuse_non_numbers(**given(rtol=rtol))
     if rtol is not None and not 0 < rtol < math.inf:
         raise OptionError(f"expected rtol to be above 0, got {rtol}; 0.01, say")
     refuse_unknown("method", method, get_args(Method))

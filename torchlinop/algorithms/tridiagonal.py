@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlinop.algorithms.basis import Basis, subtract
-from torchlinop.algorithms.given_operator import refuse_no_operator
+from torchlinop.algorithms.given_operator import refuse_no_operator, refuse_no_tensor
 from torchlinop.algorithms.orthogonal import removed
 from torchlinop.algorithms.products import Products, breakdown, working_dtype
 from torchlinop.algorithms.reorthogonalization import Reorthogonalization, name_of, policy_of
@@ -95,6 +95,7 @@ def start_vector(op: CurvatureOperator, v0: Tensor) -> Tensor:
     Raises:
         VectorError: it has another shape, dtype or device, is zero or is not finite.
     """
+    refuse_no_tensor("v0", v0)
     working = working_dtype(op.dtype)
     rows = op.space.local_size
     if v0.shape != (rows,) or v0.dtype not in (op.dtype, working) or v0.device != op.device:

@@ -63,6 +63,8 @@ class XNysTrace:
         n, k = space.size, len(R)
         H = W.T @ R  # ΩᵀAΩ
         self._watch.defect(H)
+        if not R.any():  # of the zero matrix, ν would be all that is left
+            return Estimate(R.new_zeros(k), 0.0)
         H = (H + H.T) / 2
         G_root = _inverse_root(G)
         nu = self._shift(torch.linalg.eigvalsh(G_root @ H @ G_root.T), R)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from torchlinop.algorithms.hutchinson import Estimate
@@ -68,7 +69,8 @@ class XTrace:
         refuse_asymmetric(self._watch, R, T)  # Qᵀ(AΩ) and (AQ)ᵀΩ
         H, S = (H + H.T) / 2, normals(R)
         dimension = space.size - len(H)
-        return jackknifed(_InRange(H, S, W, T, squares, dimension, self._rescaling))
+        found = jackknifed(_InRange(H, S, W, T, squares, dimension, self._rescaling))
+        return replace(found, magnitude=float(torch.linalg.eigvalsh(H).abs().sum()))
 
 
 @dataclass(frozen=True)

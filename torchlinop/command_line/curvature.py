@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.adapters.scipy import from_linear_operator
+from torchlinop.articles import kind_of
 from torchlinop.batches import Batch, is_one_batch, read, refuse_one_shot, tree_map
 from torchlinop.command_line.report import place_of
 from torchlinop.errors import OptionError
@@ -53,7 +54,7 @@ def parts_of(made: Any) -> Parts | None:
         return _checked(_of_tuple(tuple(made)))
     if isinstance(made, nn.Module):
         raise OptionError(
-            f"expected build() to return (model, data, loss), got a {type(made).__name__} alone; "
+            f"expected build() to return (model, data, loss), got {kind_of(made)} alone; "
             "return the data and the loss with it"
         )
     return None
@@ -76,8 +77,8 @@ def _of_tuple(made: tuple[Any, ...]) -> Parts:
 def _checked(parts: Parts) -> Parts:
     if not isinstance(parts.model, nn.Module) or is_of_torch(parts.model):
         raise OptionError(
-            f"expected the model of build() to be a torch.nn.Module, got a "
-            f"{type(parts.model).__name__}; return (model, data, loss)"
+            f"expected the model of build() to be a torch.nn.Module, got "
+            f"{kind_of(parts.model)}; return (model, data, loss)"
         )
     for name, value in (("loss", parts.loss), ("forward", parts.forward)):
         if isinstance(value, type):
@@ -87,12 +88,12 @@ def _checked(parts: Parts) -> Parts:
             )
         if value is not None and not callable(value):
             raise OptionError(
-                f"expected the {name} of build() to be a function, got a {type(value).__name__}; "
+                f"expected the {name} of build() to be a function, got {kind_of(value)}; "
                 "see torchlinop eigs --help"
             )
     if parts.data is None or isinstance(parts.data, str) or callable(parts.data):
         raise OptionError(
-            f"expected the data of build() to be batches, got a {type(parts.data).__name__}; "
+            f"expected the data of build() to be batches, got {kind_of(parts.data)}; "
             "return a DataLoader, a list of batches, or one batch"
         )
     return parts
@@ -205,7 +206,7 @@ def _given(made: Any, options: argparse.Namespace) -> CurvatureOperator:
     for name in ("operator", "device", "dtype"):
         if getattr(options, name) is not None:
             raise OptionError(
-                f"build() returned a {type(made).__name__}, which has its own {name}; leave out "
+                f"build() returned {kind_of(made)}, which has its own {name}; leave out "
                 f"--{name}, or return (model, data, loss)"
             )
     operator = _as_operator(made)
@@ -223,7 +224,7 @@ def _as_operator(made: Any) -> CurvatureOperator:
     if not hasattr(made, "shape"):
         raise OptionError(
             "expected build() to return (model, data, loss), a dict of these, or an operator, got "
-            f"a {type(made).__name__}; see torchlinop eigs --help"
+            f"{kind_of(made)}; see torchlinop eigs --help"
         )
     return from_linear_operator(made)
 

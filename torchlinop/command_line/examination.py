@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlinop.articles import kind_of
 from torchlinop.batches import Batch, count_samples, is_one_batch, read, tensors
 from torchlinop.command_line.curvature import Parts
 from torchlinop.command_line.findings import Finding, Level, examining
@@ -48,7 +49,7 @@ def of_data(parts: Parts) -> Iterator[Finding]:
     if isinstance(data, Iterator):
         kept = parts.options.get("pin_data", True)
         says = "is empty after one pass, which is kept" if kept else "can be read once only"
-        yield Finding("note", "data", f"a {type(data).__name__} {says}")
+        yield Finding("note", "data", f"{kind_of(data)} {says}")
         return
     fixed = isinstance(data, list | tuple) or is_one_batch(data)
     first = _Pass(data, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchlinop.algorithms.result import Result, optional
+from torchlinop.articles import kind_of
 from torchlinop.errors import OptionError, TorchlinopError
 
 
@@ -107,7 +108,7 @@ def write_plot(path: Path, result: Any) -> None:
         OptionError: matplotlib is not installed, or it has none.
     """
     if not hasattr(result, "plot"):
-        raise OptionError(f"a {type(result).__name__} has no picture; leave out --plot")
+        raise OptionError(f"{kind_of(result)} has no picture; leave out --plot")
     plt = optional("matplotlib.pyplot")
     plt.switch_backend("Agg")
     ax = result.plot()

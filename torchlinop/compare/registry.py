@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchlinop.articles import with_article
 from torchlinop.errors import OptionError
 from torchlinop.operators.base import CurvatureOperator
 
@@ -108,8 +109,8 @@ class Registry:
         ours = known is not None and known.solve.__module__.startswith("torchlinop.")
         if ours and not candidate.solve.__module__.startswith("torchlinop."):
             raise OptionError(
-                f"{candidate.name!r} is the name of an {self.kind} of torchlinop.compare; "
-                "choose another"
+                f"{candidate.name!r} is the name of {with_article(self.kind)} of "
+                "torchlinop.compare; choose another"
             )
         self._known[candidate.name] = candidate
 
@@ -142,8 +143,8 @@ class Registry:
             return matching or [self._named(item)]
         if not callable(item):
             raise OptionError(
-                f"expected the name of an {self.kind} or a function, got {item!r}; known: "
-                f"{', '.join(self.names)}"
+                f"expected the name of {with_article(self.kind)} or a function, got {item!r}; "
+                f"known: {', '.join(self.names)}"
             )
         own = [c for c in self._known.values() if c.solve is item]
         return own or [Candidate(getattr(item, "__name__", repr(item)), item)]

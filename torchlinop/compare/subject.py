@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torchlinop.errors import (
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.operators.check import CheckReport
 from torchlinop.operators.hessian import HessianOperator
+from torchlinop.signatures import takes
 from torchlinop.testing.model_problem import Problem
 from torchlinop.testing.problems import EigenProblem
 from torchlinop.testing.spectra import wanted
@@ -186,14 +186,11 @@ def _returned(problem: Any) -> Any:
     """What a function returns, or what is no function."""
     if not callable(problem) or hasattr(problem, "shape"):
         return problem
-    try:
-        # A model has a call for any arguments, which are those of its forward.
-        inspect.signature(getattr(problem, "forward", problem)).bind()
-    except (TypeError, ValueError):
+    if not takes(problem, 0, unknown=False):
         raise OptionError(
             f"expected an operator, or a function without arguments that builds one, got "
             f"{type(problem).__name__}; for a product of vectors pass LambdaOperator(n, product)"
-        ) from None
+        )
     return _returned(problem())
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchlinop.articles import kind_of
 from torchlinop.distributed.agreement import agreed, divergence, gathered, raise_together
 from torchlinop.distributed.agreement import process_group as checked_group
 from torchlinop.distributed.ballot import Ballot
@@ -178,7 +179,7 @@ def data_parallel(what: Any, process_group: dist.ProcessGroup | None = None) -> 
         op = copy.copy(what)
         op.unite(ranks)
         return op
-    given = what.__name__ if isinstance(what, type) else f"a {type(what).__name__}"
+    given = what.__name__ if isinstance(what, type) else kind_of(what)
     raise OptionError(
         "expected an operator on a model and its data, its class, or an objective, got "
         f"{given}; make data_parallel of each part and combine these, or give "

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch.distributed as dist
 from torch import nn
 
+from torchlinop.articles import kind_of
 from torchlinop.batches import Batch
 from torchlinop.distributed.data_parallel import ranks_of
 from torchlinop.errors import OptionError
@@ -109,6 +110,6 @@ class DDPEmpiricalFisherOperator(EmpiricalFisherOperator):
 def _refuse_backend(backend: object) -> None:
     if backend is not None:
         raise OptionError(
-            f"expected no backend, got a {type(backend).__name__}: vectors are torch tensors here, "
+            f"expected no backend, got {kind_of(backend)}: vectors are torch tensors here, "
             "on the device of the parameters; leave it out"
         )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from torchlinop.batches import Batch
 from torchlinop.distributed import fsdp_groups
-from torchlinop.distributed.forward_over_reverse import Metric, pull
+from torchlinop.distributed.gauss_newton import GaussNewton
 from torchlinop.distributed.rank_data import Round
-from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
+from torchlinop.distributed.sharded_objective import ShardedObjective
 from torchlinop.errors import OptionError
 
 log = logging.getLogger("torchlinop")
@@ -91,32 +91,19 @@ class CentralDifferences:
         return self._difference(objective, v, lambda: objective.gradient_here(rounds))
 
     def gauss_newton(
-        self,
-        objective: ShardedObjective,
-        rounds: Iterable[Round],
-        outputs: Outputs,
-        metric: Metric,
-        v: Tensor,
+        self, objective: ShardedObjective, rounds: Iterable[Round], JtMJ: GaussNewton, v: Tensor
     ) -> Tensor:
         """``Σ share Jᵀ M J v``: J v from two forward passes, Jᵀ exact."""
         for b, batch, share in rounds:
 
-            def outputs_here(b: int = b, batch: Batch = batch) -> Tensor:
-                return outputs(objective.model.place(b), batch).clone()
-
-            def evaluated(outputs_here: Callable[[], Tensor] = outputs_here) -> Tensor:
+            def evaluated(b: int = b, batch: Batch = batch) -> Tensor:
                 with torch.no_grad():
-                    return objective.together(outputs_here)
+                    return JtMJ.evaluate(objective, b, batch).clone()
 
             Jv = self._difference(objective, v, evaluated)
             objective.model.write(objective.model.theta)
-            f = evaluated()
-
-            def weighted(f: Tensor = f, batch: Batch = batch, Jv: Tensor = Jv) -> Tensor:
-                return metric(f, batch)(Jv)
-
-            u = objective.together(weighted)
-            pull(objective, outputs, (b, batch, share), u)
+            u = JtMJ.weigh(objective, evaluated(), batch, Jv)
+            JtMJ.pull(objective, (b, batch, share), u)
         return objective.collected()
 
     def _difference(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchlinop.batches import Batch
+from torchlinop.distributed.gauss_newton import GaussNewton
 from torchlinop.distributed.rank_data import Round
-from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
+from torchlinop.distributed.sharded_objective import ShardedObjective
 from torchlinop.distributed.tangents import tangents
-from torchlinop.losses.base import OutputMap
-
-# (outputs, batch) -> u ↦ M u
-Metric = Callable[[Tensor, Batch], OutputMap]
 
 
 class DualNumbers:
@@ -43,12 +40,7 @@ class DualNumbers:
         return objective.collected()
 
     def gauss_newton(
-        self,
-        objective: ShardedObjective,
-        rounds: Iterable[Round],
-        outputs: Outputs,
-        metric: Metric,
-        v: Tensor,
+        self, objective: ShardedObjective, rounds: Iterable[Round], JtMJ: GaussNewton, v: Tensor
     ) -> Tensor:
         """``Σ share Jᵀ M J v``: J v by dual numbers, and one forward pass more for Jᵀ."""
         direction = objective.model.directions(v)
@@ -61,17 +53,10 @@ class DualNumbers:
             ):
 
                 def pushed(b: int = b, batch: Batch = batch) -> Tensor:
-                    f, Jv = forward_ad.unpack_dual(outputs(objective.model.place(b), batch))
+                    f, Jv = forward_ad.unpack_dual(JtMJ.outputs(objective.model.place(b), batch))
                     f, Jv = f.clone(), torch.zeros_like(f) if Jv is None else Jv.clone()
-                    return metric(f, batch)(Jv)
+                    return JtMJ.metric(f, batch)(Jv)
 
                 u = objective.together(pushed)
-            pull(objective, outputs, (b, batch, share), u)
+            JtMJ.pull(objective, (b, batch, share), u)
         return objective.collected()
-
-
-def pull(objective: ShardedObjective, outputs: Outputs, round: Round, u: Tensor) -> None:
-    """Add ``share Jᵀ u`` to the gradients."""
-    b, batch, share = round
-    f = objective.together(lambda: outputs(objective.model.place(b), batch))
-    objective.backward((f * u.to(f.dtype)).sum(), share)

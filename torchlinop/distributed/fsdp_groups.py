@@ -113,6 +113,12 @@ class GatheredParameter:
         return parameter
 
     @property
+    def origin(self) -> int:
+        """The same for copies of one parameter; older torches do not tell."""
+        number: int = getattr(self.private, "_orig_param_uid", id(self.private))
+        return number
+
+    @property
     def padded(self) -> torch.Size:
         """The shape that all shards have when those too small are filled up."""
         size: torch.Size = self.private.padded_sharded_param_size
@@ -183,3 +189,18 @@ class Group:
 def groups(model: nn.Module) -> list[Group]:
     """The parameters that FSDP2 gathers together, group by group."""
     return [Group(group) for group in private_groups(model)]
+
+
+def refuse_torn_ties(model: nn.Module) -> None:
+    """Raise ShardingError for tied parameters of which several groups have a copy each."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first: dict[int, str] = {}
+    for group in groups(model):
+        for parameter in group.parameters:
+            name = names[id(parameter.sharded)]
+            if first.setdefault(parameter.origin, name) != name:
+                raise ShardingError(
+                    f"expected tied parameters in one group of fully_shard, got "
+                    f"{first[parameter.origin]} in one and {name} in another, which torch does not "
+                    "compute with; call fully_shard([a, b]) on the modules that share it"
+                )

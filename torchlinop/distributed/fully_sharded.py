@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
-from torchlinop.distributed.forward_over_reverse import Metric
+from torchlinop.distributed.gauss_newton import GaussNewton
 from torchlinop.distributed.replicas import refuse_different_vectors
 from torchlinop.distributed.sharded_method import Product, prepared
-from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
+from torchlinop.distributed.sharded_objective import ShardedObjective
 from torchlinop.distributed.sharded_options import MethodOptions, ShardedOptions, objective_of
 from torchlinop.errors import NonFiniteError, OptionError
 from torchlinop.losses.base import OutputMap
@@ -135,9 +135,9 @@ def _hessian(objective: ShardedObjective) -> Product:
     return lambda method, rounds, v: method.hessian(objective, rounds, v)
 
 
-def _gauss_newton(outputs: Outputs, metric: Metric) -> Callable[[ShardedObjective], Product]:
+def _gauss_newton(JtMJ: GaussNewton) -> Callable[[ShardedObjective], Product]:
     def of(objective: ShardedObjective) -> Product:
-        return lambda method, rounds, v: method.gauss_newton(objective, rounds, outputs, metric, v)
+        return lambda method, rounds, v: method.gauss_newton(objective, rounds, JtMJ, v)
 
     return of
 
@@ -169,7 +169,7 @@ class FSDPGGNOperator(ShardedOperator):
         objective, rest = objective_of(model, dataloader, function, options)
         super().__init__(
             objective,
-            _gauss_newton(function.outputs, loss.hessian),
+            _gauss_newton(GaussNewton(function.outputs, loss.hessian)),
             rest,
             positive_semidefinite=isinstance(loss, CrossEntropy | ElementwiseLoss),
         )
@@ -220,7 +220,7 @@ class FSDPEmpiricalFisherOperator(ShardedOperator):
         def metric(outputs: Tensor, batch: Batch) -> OutputMap:
             return loss.terms(outputs, batch).outer()
 
-        product = _gauss_newton(function.outputs, metric)
+        product = _gauss_newton(GaussNewton(function.outputs, metric))
         super().__init__(objective, product, rest, positive_semidefinite=True)
 
     def _of_losses(
@@ -243,9 +243,9 @@ class FSDPEmpiricalFisherOperator(ShardedOperator):
             def metric(losses: Tensor, batch: Batch) -> OutputMap:
                 return weights(losses, batch, 0)
 
-            product = _gauss_newton(loss_fn, metric)
+            product = _gauss_newton(GaussNewton(loss_fn, metric))
         else:
             alone: ShardedOptions = {**options, "microbatch_size": 1}
             objective, rest = objective_of(model, dataloader, mean, alone, of_samples=True)
-            product = _gauss_newton(mean, lambda loss, batch: lambda u: u)
+            product = _gauss_newton(GaussNewton(mean, lambda loss, batch: lambda u: u))
         super().__init__(objective, product, rest, positive_semidefinite=True)

@@ -36,7 +36,7 @@ def sharding_of(module: nn.Module) -> Sharding:
     """How the parameters of a model are sharded.
 
     Raises:
-        ShardingError: by FSDP1, not at all, or only in part.
+        ShardingError: by FSDP1, not at all, only in part, or with tied parameters torn apart.
     """
     if any(fsdp_groups.is_fsdp1(part) for part in module.modules()):
         raise ShardingError(
@@ -59,7 +59,7 @@ def sharding_of(module: nn.Module) -> Sharding:
             "no module that fully_shard was called on has these parameters, so that nobody adds up "
             f"their gradients: {', '.join(plain)}; call fully_shard(model) too"
         )
-    fsdp_groups.refuse_changed_torch(module)
+    fsdp_groups.refuse_torn_ties(module)
     dimensions = fsdp_groups.data_mesh(module).ndim
     return (
         "fsdp" if all(p.device_mesh.ndim == dimensions for p in sharded.values()) else "fsdp x tp"
@@ -124,9 +124,10 @@ def sharded_objective(
     with torch.inference_mode(False):
         with agreed(group):
             module = unwrap(model)
+            fsdp_groups.refuse_changed_torch(module)
+            fsdp_rest.reshard(module)  # a forward pass leaves the outermost parameters gathered
             sharding = sharding_of(module)
             ranks = data_ranks(module, sharding, group, data_group)
-        fsdp_rest.reshard(module)
         layout = ShardedLayout.of(module, param_filter, group)
         alike = sharding == "fsdp"
         refuse_different_replicas(module, group, drift=0.0 if alike else DRIFT, buffers=alike)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torchlinop.choices import refuse_unknown
 from torchlinop.distributed import fsdp_groups
 from torchlinop.distributed.differences import CentralDifferences
-from torchlinop.distributed.forward_over_reverse import DualNumbers, Metric
+from torchlinop.distributed.forward_over_reverse import DualNumbers
+from torchlinop.distributed.gauss_newton import GaussNewton
 from torchlinop.distributed.rank_data import Round
 from torchlinop.distributed.sharded_from_model import Sharding, sharding_of
-from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
+from torchlinop.distributed.sharded_objective import ShardedObjective
 from torchlinop.distributed.sharded_options import MethodName, MethodOptions
 from torchlinop.distributed.tensor_parallel import DoubleBackward
 from torchlinop.errors import DoubleBackwardError, NonFiniteError, OptionError, ShardingError
@@ -47,12 +48,7 @@ class Method(Protocol):
         ...
 
     def gauss_newton(
-        self,
-        objective: ShardedObjective,
-        rounds: Iterable[Round],
-        outputs: Outputs,
-        metric: Metric,
-        v: Tensor,
+        self, objective: ShardedObjective, rounds: Iterable[Round], JtMJ: GaussNewton, v: Tensor
     ) -> Tensor:
         """``Σ share J_bᵀ M_b J_b v``, the local vector."""
         ...

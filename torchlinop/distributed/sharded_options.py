@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.distributed.agreement import agreed, gathered, process_group
 from torchlinop.distributed.sharded_from_model import sharded_objective
 from torchlinop.distributed.sharded_objective import ShardedObjective
@@ -18,7 +19,6 @@ from torchlinop.from_model import (
     ObjectiveOptions,
     refuse_bad_options,
     refuse_bad_seed,
-    refuse_unknown_options,
 )
 from torchlinop.objective import LossFn
 

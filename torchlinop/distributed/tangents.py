@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from torchlinop.derivatives import without_deprecations
 from torchlinop.distributed.fsdp_groups import GatheredParameter, Group, groups
 from torchlinop.distributed.mended_autograd import forward_rules, is_zero, refilled
+from torchlinop.formulas import WithoutWrongForwardRules
 
 # A sharded parameter -> the shard of the direction that belongs to it; None if it is fixed.
 Direction = Callable[[nn.Parameter], Tensor | None]
@@ -29,6 +30,7 @@ def tangents(model: nn.Module, direction: Direction, *, reverse: bool) -> Iterat
     """
     with ExitStack() as stack:
         stack.enter_context(forward_rules())
+        stack.enter_context(WithoutWrongForwardRules())
         stack.enter_context(without_deprecations())
         for group in groups(model):
             of_group = _Tangents(group, direction, reverse)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchlinop.batches import Batch
 from torchlinop.distributed import mended_autograd
-from torchlinop.distributed.forward_over_reverse import Metric
+from torchlinop.distributed.gauss_newton import GaussNewton
 from torchlinop.distributed.rank_data import Round
-from torchlinop.distributed.sharded_objective import Outputs, ShardedObjective
+from torchlinop.distributed.sharded_objective import ShardedObjective
 
 
 class DoubleBackward:
@@ -40,12 +39,7 @@ class DoubleBackward:
         return objective.summed(total)
 
     def gauss_newton(
-        self,
-        objective: ShardedObjective,
-        rounds: Iterable[Round],
-        outputs: Outputs,
-        metric: Metric,
-        v: Tensor,
+        self, objective: ShardedObjective, rounds: Iterable[Round], JtMJ: GaussNewton, v: Tensor
     ) -> Tensor:
         """``Σ share Jᵀ M J v``: J is the transpose of the linear map ``u ↦ Jᵀ u``."""
         total = torch.zeros_like(v)
@@ -53,21 +47,13 @@ class DoubleBackward:
             for b, batch, share in rounds:
                 parameters = objective.model.parameters()
                 leaves = [*parameters.values()]
-
-                def evaluated(b: int = b, batch: Batch = batch) -> Tensor:
-                    return outputs(objective.model.place(b), batch)
-
-                f = objective.together(evaluated)
+                f = JtMJ.evaluate(objective, b, batch)
                 w = torch.zeros_like(f, requires_grad=True)
                 pulled = _gradients(f, leaves, w, create_graph=True)
                 (Jv,) = _transposed(pulled, [w], _like(objective, parameters, v))
-
-                def weighted(f: Tensor = f, batch: Batch = batch, Jv: Tensor = Jv) -> Tensor:
-                    return metric(f.detach(), batch)(Jv.detach().clone())
-
-                u = objective.together(weighted)
-                JtMJv = _gradients(f, leaves, u)
-                total.add_(_flat(objective, parameters, JtMJv), alpha=share)
+                u = JtMJ.weigh(objective, f.detach(), batch, Jv.detach().clone())
+                product = _gradients(f, leaves, u)
+                total.add_(_flat(objective, parameters, product), alpha=share)
         return objective.summed(total)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 from torch import nn
 
+from torchlinop.articles import kind_of
 from torchlinop.errors import OptionError
 from torchlinop.losses.recognition import is_of_torch
+from torchlinop.signatures import takes
 
 _INSTEAD = {
     "loss_fn": "pass torchlinop.losses.supervised_loss(nn.CrossEntropyLoss()), say, or "
@@ -26,7 +26,7 @@ def refuse_unfit_function(name: str, function: object) -> None:
         why = "takes outputs and targets"
     elif not callable(function):
         why = "cannot be called"
-    elif not _takes_two(function):
+    elif not takes(function, 2):
         why = "does not take two arguments"
     else:
         return
@@ -38,18 +38,5 @@ def refuse_unfit_function(name: str, function: object) -> None:
 
 def _name(function: object) -> str:
     if isinstance(function, nn.Module):
-        return f"a {type(function).__name__}"
+        return kind_of(function)
     return str(getattr(function, "__name__", repr(function)))
-
-
-def _takes_two(function: object) -> bool:
-    called = function.forward if isinstance(function, nn.Module) else function
-    try:
-        signature = inspect.signature(called)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # written in C++, say
-        return True
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        return False
-    return True

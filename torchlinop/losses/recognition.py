@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from torchlinop.articles import kind_of
 from torchlinop.errors import OptionError
 from torchlinop.losses.autograd import AutogradLoss, WithHvp
 from torchlinop.losses.base import LossOfOutput
@@ -144,7 +145,7 @@ def _refuse_unreduced(loss: object) -> None:
 def _refuse_uncallable(loss: object) -> None:
     if not callable(loss):
         raise OptionError(
-            f"expected a loss that can be called, got a {type(loss).__name__}; pass "
+            f"expected a loss that can be called, got {kind_of(loss)}; pass "
             "nn.CrossEntropyLoss(), say, or a function (outputs, batch) -> scalar"
         )
 

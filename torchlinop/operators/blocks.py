@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlinop.articles import kind_of
 from torchlinop.errors import VectorError
 from torchlinop.memory import free_bytes
 from torchlinop.operators.base import CurvatureOperator
@@ -159,8 +160,8 @@ def _indices(where: Rows, size: int, b: int) -> Tensor:
         return torch.arange(*where.indices(size))
     if not isinstance(where, Tensor):
         raise VectorError(
-            f"expected a slice or a tensor of indices for block {b}, got a "
-            f"{type(where).__name__}; pass torch.tensor(rows)"
+            f"expected a slice or a tensor of indices for block {b}, got "
+            f"{kind_of(where)}; pass torch.tensor(rows)"
         )
     indices = where.dtype == torch.int64 and where.ndim == 1
     if not indices or not ((where >= 0) & (where < size)).all():

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchlinop.batches import Batch
+from torchlinop.choices import refuse_unknown_options
 from torchlinop.finiteness import refuse_non_finite
-from torchlinop.from_model import (
-    ObjectiveOptions,
-    objective_from_model,
-    refuse_unknown_options,
-)
+from torchlinop.from_model import ObjectiveOptions, objective_from_model
 from torchlinop.objective import LossFn
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.parameters import ParameterLayout

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torchlinop.errors import OptionError
 from torchlinop.parameters import ParameterLayout, Slot
+from torchlinop.signatures import takes
 
 # "parameter": a block each; "module": the name before its last dot; or (name, slot) -> label.
 Grouping = Literal["parameter", "module"] | Callable[[str, Slot], str]
@@ -29,7 +30,7 @@ def grouped(layout: ParameterLayout, by: Grouping) -> dict[str, tuple[Slot, ...]
         OptionError: ``by`` is none of the choices, or gives a label that is no string.
     """
     label_of = _GROUPINGS.get(by) if isinstance(by, str) else by
-    if not callable(label_of):
+    if not (callable(label_of) and takes(label_of, 2)):
         raise OptionError(
             f"unknown grouping by={by!r}; choose one of {', '.join(_GROUPINGS)}, "
             "or a function (name, slot) -> label"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchlinop.choices import refuse_unknown
+from torchlinop.choices import refuse_unknown, refuse_unknown_options
 from torchlinop.compiled import Compiled, Step
 from torchlinop.cuda_graph import CudaGraphs
 from torchlinop.derivatives import (
@@ -21,7 +21,7 @@ from torchlinop.derivatives import (
 )
 from torchlinop.errors import OptionError
 from torchlinop.finiteness import refuse_non_finite
-from torchlinop.from_model import ObjectiveOptions, refuse_unknown_options
+from torchlinop.from_model import ObjectiveOptions
 from torchlinop.linearization import AsPrograms, LinearizationPlan, Policy, Work, mean_product
 from torchlinop.objective import Objective
 from torchlinop.operators.base import CurvatureOperator

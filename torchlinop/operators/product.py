@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchlinop.articles import kind_of
 from torchlinop.errors import OptionError, VectorError
 from torchlinop.model_state import full_precision
 from torchlinop.space import VectorSpace
@@ -64,7 +65,7 @@ def _product(multiply: BlockMap, space: VectorSpace, rows: int, V: Tensor) -> Te
 def _refuse_other_libraries(v: object) -> None:
     if not isinstance(v, Tensor):
         raise VectorError(
-            f"expected a torch tensor, got a {type(v).__name__}; pass torch.from_numpy(v), or "
+            f"expected a torch tensor, got {kind_of(v)}; pass torch.from_numpy(v), or "
             "multiply by as_linear_operator(operator)"
         )
 

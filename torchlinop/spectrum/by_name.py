@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -32,6 +31,7 @@ from torchlinop.operators.gauss_newton import GGNOperator
 from torchlinop.operators.hessian import HessianOperator
 from torchlinop.operators.kfac import KFACOperator
 from torchlinop.operators.kronecker import KroneckerOperator
+from torchlinop.signatures import takes
 
 OperatorType = Literal["hessian", "ggn", "empirical_fisher", "kfac"]
 GGNMode = Literal["true", "empirical", "auto"]
@@ -173,17 +173,7 @@ def _refuse_other_device(model: nn.Module, device: torch.device | str | None) ->
 
 def takes_nothing(loss_fn: Callable[..., Any]) -> bool:
     """Whether the function can be called without arguments, and not with two."""
-    return _accepts(loss_fn) and not _accepts(loss_fn, None, None)
-
-
-def _accepts(function: Callable[..., Any], *arguments: object) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    except ValueError:  # a callable that does not tell: taken at its word
-        return len(arguments) == 2  # (model, batch)
-    return True
+    return takes(loss_fn, 0, unknown=False) and not takes(loss_fn, 2)
 
 
 def _of_model_and_batch(
@@ -194,9 +184,9 @@ def _of_model_and_batch(
     options: Mapping[str, Any],
 ) -> LossFn:
     """The loss as a function ``(model, batch)``, also if it takes nothing."""
-    if _accepts(loss_fn, model, batch):
+    if takes(loss_fn, 2):
         return loss_fn
-    if not _accepts(loss_fn):
+    if not takes_nothing(loss_fn):
         raise OptionError(
             f"expected loss_fn(model, batch), got {loss_fn!r}, which takes other arguments; "
             "pass lambda model, batch: model(**batch).loss, say"

@@ -67,7 +67,7 @@ def compute_spectrum(  # noqa: PLR0917  # in the order that callers know
         >>> result.is_psd, result.converged
         (True, True)
     """
-    config = config or LanczosConfig()
+    config = _checked(config)
     if config.dtype_compute is not None and not _is_in(model, config.dtype_compute):
         if loss_fn is not None and takes_nothing(loss_fn):
             raise OptionError(
@@ -104,7 +104,7 @@ def lanczos_algorithm(
     """
     refuse_no_operator(op)
     started = time.perf_counter()
-    config = config or LanczosConfig()
+    config = _checked(config)
     warnings = config.ignored
     for message in warnings:
         warn_caller(message, TorchlinopWarning)
@@ -120,6 +120,15 @@ def lanczos_algorithm(
     )
     warnings += [*_of_coarse(op), *found.warnings]
     return _result(counted, config, found, warnings, started)
+
+
+def _checked(config: LanczosConfig | None) -> LanczosConfig:
+    config = LanczosConfig() if config is None else config
+    if not isinstance(config, LanczosConfig):
+        raise OptionError(
+            f"expected config to be a LanczosConfig, got {config!r}; pass LanczosConfig(k=10), say"
+        )
+    return config
 
 
 def _is_in(model: nn.Module, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.choices import refuse_unknown
 from torchlinop.errors import OptionError
 
@@ -56,6 +57,7 @@ class LanczosConfig:
         refuse_unknown("reorth_mode", self.reorth_mode, get_args(ReorthMode))
         modes = get_args(RegularizationMode)
         refuse_unknown("regularization_mode", self.regularization_mode, modes)
+        refuse_non_numbers(regularization=self.regularization)
         if not 0 <= self.regularization < math.inf:
             raise OptionError(
                 f"expected regularization from 0 on, got {self.regularization}; pass 1e-8, say"
@@ -65,6 +67,7 @@ class LanczosConfig:
                 f"expected dtype_tridiag to be torch.float64, got {self.dtype_tridiag}: small "
                 "matrices cost nothing; leave it out"
             )
+        refuse_fractions(num_probes=self.num_probes, num_steps=self.num_steps)
         if self.num_probes < 0 or self.num_steps < 1:
             raise OptionError(
                 f"expected num_probes from 0 and num_steps from 1 on, got {self.num_probes} and "
