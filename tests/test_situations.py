@@ -564,13 +564,9 @@ def ctc(model, batch):
 
 
 def test_an_operation_that_is_no_attention_is_named_without_talk_of_attention():
-    model, X, Y = (
-        nn.Linear(3, 4).double(),
-        torch.randn(2, 5, 3).double(),
-        torch.tensor([[1, 2]] * 2),
-    )
-    H = HessianOperator(model, [(X, Y)], ctc)
-    with pytest.raises(DoubleBackwardError, match="_ctc_loss_backward.* has no second") as told:
+    X, Y = torch.randn(2, 5, 3).double(), torch.tensor([[1, 2], [1, 2]])
+    H = HessianOperator(nn.Linear(3, 4).double(), [(X, Y)], ctc)
+    with pytest.raises(DoubleBackwardError, match=r"_ctc_loss_backward.* has no second") as told:
         H @ torch.ones(H.size).double()
     assert "attn" not in str(told.value)
     assert str(told.value).endswith('of other operations, or use method="finite_difference"')

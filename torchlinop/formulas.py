@@ -91,7 +91,7 @@ class WithFormulas(Replacing):
 def _not_of_products(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` but for ``reduce="prod"``."""
 
-    def checked(  # as torch orders them
+    def checked(
         input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, **options: Any
     ) -> Tensor:
         if reduce == "prod":

@@ -43,7 +43,9 @@ class ObjectiveOptions(TypedDict, total=False):
     mode: Mode  # "eval" (default) or "train", with a pinned dropout mask for every batch
     weight: Callable[[Batch], float] | None  # loss terms of a batch; found by measurement
     weighting: WeightingName  # "auto" (default), or "batch-mean": every batch counts the same
-    pin_data: bool  # True (default) reads the data once and keeps them on the device
+    # True (default) reads the data once and keeps them on the device. False reads them again for
+    # every product: they have to stay the same, of which later passes compare only the counts.
+    pin_data: bool
     seed: int  # of whatever the model or loss draws at random; default 0
 
 

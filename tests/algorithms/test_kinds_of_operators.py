@@ -178,7 +178,7 @@ def test_functions_of_a_matrix_are_those_of_numpy(kind, dtype, question, f):
         (lambda op: trace(op, 24, method="na-hutch++"), lambda t: t),
         (lambda op: trace(op, 24, method="xtrace"), lambda t: t),
         (lambda op: trace(op, 24, method="xnystrace"), lambda t: t),
-        (lambda op: slq(op, 8, 16).spectral_sum(torch.square), np.square),
+        (lambda op: slq(op, 16, 16).spectral_sum(torch.square), np.square),  # 4 s.e.: 0.58 of it
         (lambda op: logdet(op, num_probes=8, num_steps=16), np.log),
         (lambda op: spectral_density(op, 8, 16).quadrature.spectral_sum(torch.sqrt), np.sqrt),
     ],

@@ -202,6 +202,15 @@ def test_the_frobenius_norm_of_a_hermitian_matrix_is_found():
     assert abs(float(result) - float(spectra.neural(100).norm())) < 4 * result.stderr
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+def test_bounds_of_the_frobenius_norm_hold_beyond_the_rank_in_float32(rank):
+    A = with_spectrum(spectra.low_rank(300, rank))[0].float()
+    truth = float(A.double().norm())
+    results = [norm(MatrixOperator(A), "fro", num_matvecs=24, seed=seed) for seed in range(20)]
+    assert all(result.lower <= truth <= result.upper for result in results)
+    assert all(result.upper - result.lower < 2e-6 * truth for result in results)
+
+
 @pytest.mark.parametrize("ord", [2, "fro", "nuc"])
 def test_the_zero_matrix_has_norm_zero(ord):
     result = norm(MatrixOperator(torch.zeros(100, 100).double()), ord, num_matvecs=20)

@@ -22,6 +22,24 @@ def largest(eigenvalues, k):
     return eigenvalues[eigenvalues.abs().argsort(descending=True, stable=True)][:k]
 
 
+@pytest.mark.parametrize("power", [-100, -60, 60, 100])
+@pytest.mark.parametrize("momentum", [0.0, 2.0])
+def test_in_float32_too_pairs_scale_exactly_with_powers_of_two(power, momentum):
+    A = matrix(spectrum("nn", 200), torch.float32)
+    once = deflated_power_iteration(MatrixOperator(A), 3, momentum=momentum)
+    scaled = deflated_power_iteration(
+        MatrixOperator(A * 2.0**power), 3, momentum=momentum * 4.0**power
+    )
+    assert scaled.matvecs == once.matvecs
+    assert scaled.converged.all()
+    assert torch.equal(scaled.eigenvectors, once.eigenvectors)
+    for name in ("eigenvalues", "residual_norms", "error_bounds", "history_eigenvalues"):
+        expected = getattr(once, name).double() * 2.0**power
+        torch.testing.assert_close(
+            getattr(scaled, name).double(), expected, rtol=0, atol=0, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("scale", [1, 1e-12, 1e12])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize(

@@ -215,6 +215,36 @@ def test_spectral_sums_are_within_their_standard_errors(f):
     assert low <= float(f(eigenvalues).sum()) <= high
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_the_standard_error_is_that_of_probes_on_a_sphere(dtype):
+    eigenvalues, n = torch.linspace(-1, 2, 60, dtype=F64), 60
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=dtype))[0]
+    result = slq(MatrixOperator((Q * eigenvalues) @ Q.mH), 400, 5).spectral_sum(torch.square)
+    beta = 2 if dtype.is_complex else 1
+    law = 2 * n**2 / (beta * n + 2) * eigenvalues.square().var(correction=0) / 400
+    assert result.stderr == pytest.approx(float(law) ** 0.5, rel=0.05)
+    assert result.stderr == pytest.approx(float(result.samples.std()) / 400**0.5, rel=0.15)
+
+
+def test_five_probes_have_honest_intervals_even_of_a_single_eigenvalue():
+    A, n = with_spectrum(torch.eye(100, dtype=F64)[0])[0], 100
+    covered = []
+    for seed in range(150):
+        q = slq(MatrixOperator(A), 5, 4, seed=seed)
+        low, high = q.spectral_sum(lambda t: t).confidence_interval()
+        fraction = q.cdf(0.5)
+        covered += [low <= 1 <= high, abs(fraction.value - (n - 1) / n) <= 2.78 * fraction.stderr]
+    assert 0.9 <= np.mean(covered) <= 0.99
+
+
+def test_the_standard_error_of_a_sum_holds_the_rounding_of_eigenvalues():
+    op = LambdaOperator(200, lambda v: 0.7 * v, dtype=torch.float32)
+    result = logdet(op, num_probes=5, num_steps=10)
+    error = abs(result.estimate - 200 * math.log(0.7))
+    assert error <= 2 * result.stderr < 200 * 2e-6
+
+
 def test_a_root_of_a_semidefinite_matrix_takes_its_kernel_as_zero():
     eigenvalues = torch.cat([torch.zeros(50, dtype=F64), torch.linspace(1, 2, 50, dtype=F64)])
     result = slq(MatrixOperator(with_spectrum(eigenvalues)[0]), 30, 40).spectral_sum(torch.sqrt)

@@ -108,7 +108,7 @@ def test_a_table_has_a_row_an_entry():
 
 def test_a_file_of_another_result_is_refused(tmp_path):
     Other(3).save(tmp_path / "o.safetensors")
-    with pytest.raises(OptionError, match=r"expected a Answer of format 1 in .*, got a Other"):
+    with pytest.raises(OptionError, match=r"expected an Answer of format 1 in .*, got an Other"):
         Answer.load(tmp_path / "o.safetensors")
 
 

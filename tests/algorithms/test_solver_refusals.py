@@ -1,6 +1,7 @@
 """What cannot be answered is refused: bad options before any product, bad products by name."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchlinop import (
     deflated_power_iteration,
     diagonal,
     extremal_eigenvalues,
+    hutchinson,
     inverse,
     lanczos,
     lanczos_algorithm,
@@ -30,7 +32,9 @@ from torchlinop import (
     slq,
     solve,
     spectral_density,
+    stochastic_power_iteration,
     trace,
+    xtrace,
 )
 from torchlinop.algorithms import eigen_request
 from torchlinop.errors import (
@@ -307,3 +311,79 @@ def test_a_basis_that_does_not_fit_is_refused_before_any_product(monkeypatch):
     with pytest.raises(MemoryEstimateError, match=r"vectors x 60 x 8 B.*Try"):
         lanczos(counted)
     assert counted.matvecs == 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            call(hutchinson, num_samples=8),
+            "unknown option 'num_samples'; did you mean one of num_m",
+        ),
+        (call(xtrace, method="xtrace"), "unknown option 'method'"),
+        (call(inverse, typo=1), "unknown option 'typo'"),
+        (call(conjugate_gradient, b, maxiter=5), "unknown option 'maxiter'.*max_iter"),
+        (call(minres, b, tol=1e-3), "unknown option 'tol'.*rtol"),
+        (call(condition_number, 20, steps=5), "unknown option 'steps'"),
+        (call(spectral_density, num_probes=5), "unknown option 'num_probes'"),
+        (call(logdet, lanczos_steps=5), "unknown option 'lanczos_steps'"),
+        (call(inverse, max_seconds=0), "expected max_seconds to be positive, got 0"),
+        (call(inverse, math.nan), "expected a finite damping, got nan"),
+        (call(apply_function, "exp", b), "expected f to be a function of a tensor, got 'exp'"),
+        (call(lanczos, 2, callback=3), "expected callback to be a function of three arguments"),
+        (call(lanczos, 2, checkpoint=3), "expected checkpoint to be a path, got 3; pass"),
+        (call(lanczos, 2, basis_dtype="fp16"), "basis_dtype to be a torch.dtype, got 'fp16'; take"),
+        (
+            call(lanczos, 2, basis_device="here"),
+            "expected basis_device to be a device that is here",
+        ),
+        (call(lanczos, 2, block_size=True), 'block_size to be at least 1, or "auto", got True'),
+        (call(lanczos, 2, which=3), "unknown which 3; choose one of"),
+        (call(norm, [1, 2]), "unknown ord"),
+        (call(spectral_density, sigma=True), "expected sigma to be a positive number"),
+        (call(lobpcg, 2, preconditioner=A), "preconditioner to be a CurvatureOperator, got Tensor"),
+        (
+            call(solve, b, preconditioner="kfac"),
+            "preconditioner to be a CurvatureOperator, got str",
+        ),
+        (call(lanczos_algorithm, "config"), "expected config to be a LanczosConfig, got 'config'"),
+    ],
+)
+def test_what_is_no_such_thing_is_refused_before_any_product(ask, message):
+    counted = CountingOperator(MatrixOperator(A))
+    with pytest.raises(OptionError, match=message):
+        ask(counted)
+    assert counted.matvecs == 0
+
+
+def test_stochastic_power_iteration_is_of_operators():
+    with pytest.raises(OptionError, match="the operator of step 0 to be a CurvatureOperator, got"):
+        stochastic_power_iteration([A])
+    with pytest.raises(OptionError, match="expected operators to be a list, or a function"):
+        stochastic_power_iteration(MatrixOperator(A))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        call(lanczos, 2, v0=[1.0]),
+        call(lobpcg, 2, v0=3),
+        call(power_iteration_one, v0="start"),
+        call(lanczos_tridiagonal, [1.0], 5),
+        call(conjugate_gradient, [1.0]),
+        call(minres, None),
+        call(apply_function, torch.exp, 3.0),
+    ],
+)
+def test_what_is_no_tensor_is_refused_as_a_vector(ask):
+    counted = CountingOperator(MatrixOperator(A))
+    with pytest.raises(
+        VectorError, match=r"expected (b|v0) to be a tensor.*; pass torch.as_tensor"
+    ):
+        ask(counted)
+    assert counted.matvecs == 0
+
+
+def test_a_block_without_columns_is_refused_by_name():
+    with pytest.raises(VectorError, match="at least one column"):
+        apply_function(MatrixOperator(A), torch.exp, b[:, None][:, :0])

@@ -177,6 +177,29 @@ def test_all_products_that_are_granted_are_spent(method, num_matvecs):
     assert math.isinf(result.stderr) == (num_matvecs == 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rank", "num_matvecs"), [(1, 10), (5, 24)])
+def test_na_hutch_plus_plus_is_exact_beyond_the_rank(rank, num_matvecs, dtype):
+    A = with_spectrum(spectra.low_rank(200, rank))[0].to(dtype)
+    errors = [
+        trace(MatrixOperator(A), num_matvecs, method="na-hutch++", seed=seed).estimate
+        - float(A.double().trace())
+        for seed in range(40)
+    ]
+    assert np.abs(errors).max() < 100 * rank * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("method", ["hutch++", "na-hutch++", "xtrace"])
+def test_rounding_is_relative_to_eigenvalues_even_where_they_cancel(method):
+    eigenvalues = torch.zeros(200, dtype=torch.float64)
+    eigenvalues[:10] = torch.tensor([5, 4, 3, 2, 1, -1, -2, -3, -4, -5])
+    A = with_spectrum(eigenvalues)[0].float()
+    results = [trace(MatrixOperator(A), 60, method=method, seed=seed) for seed in range(40)]
+    truth = float(A.double().trace())
+    assert np.mean([abs(r.estimate - truth) <= 2 * r.stderr for r in results]) >= 0.95
+    assert max(r.stderr for r in results) < 30 * 20 * torch.finfo(A.dtype).eps
+
+
 @pytest.mark.parametrize("num_matvecs", [8, 17, 23, 99])
 def test_na_hutch_plus_plus_spends_all_products(num_matvecs):
     op = CountingOperator(decaying())

@@ -130,8 +130,7 @@ def test_rows_of_zeros_are_no_obstacle(method, dtype):
 @pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
 def test_the_zero_matrix_has_trace_zero(method):
     result = trace(MatrixOperator(torch.zeros(50, 50).double()), 20, method=method)
-    assert abs(result.estimate) < 1e-200
-    assert result.stderr < 1e-200
+    assert (result.estimate, result.stderr) == (0, 0)
 
 
 @pytest.mark.parametrize("method", ["xtrace", "xnystrace"])

@@ -68,8 +68,9 @@ def lanczos(
     multiplicity expected, or a small tol, to count copies.
 
     Costs at most ``max_iter`` products, in calls of ``block_size`` columns, and
-    ``ncv + block_size`` stored vectors; the basis is read twice a step. The host waits for the
-    device O(1) times a restart. Ctrl-C returns what there is.
+    ``ncv + block_size`` stored vectors; the basis is read twice a step. Where A seems not to be
+    symmetric, six products more tell. The host waits for the device O(1) times a restart. Ctrl-C
+    returns what there is.
 
     Args:
         op: a symmetric (Hermitian) operator in any floating-point dtype. Vectors are in float32

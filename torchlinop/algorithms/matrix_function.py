@@ -21,7 +21,7 @@ from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.symmetric_run import symmetric_run
 from torchlinop.algorithms.three_term import ThreeTermRecurrence, Tridiagonal, tridiagonals
 from torchlinop.dtypes import name_of
-from torchlinop.errors import OptionError
+from torchlinop.errors import OptionError, VectorError
 from torchlinop.operators.base import CurvatureOperator
 
 _BETWEEN_LOOKS = 5  # steps: the error of step m − 5 is estimated by what the last five changed
@@ -108,6 +108,10 @@ def apply_function(
             f"rtol={rtol}; leave them out for 100 and √eps"
         )
     last, width = min(steps, op.size), b.shape[1] if b.ndim > 1 else 1
+    if not width:
+        raise VectorError(
+            f"expected b to have at least one column, got {tuple(b.shape)}; pass a vector (n,), say"
+        )
     with symmetric_run(op, total=width * last, max_seconds=max_seconds, progress=progress) as A:
         B, units = right_hand_sides(A, b)
         norms = A.norms(B)

@@ -38,3 +38,12 @@ def values_at(f: ScalarFunction, nodes: Tensor, noise: float) -> Tensor:
             "shift the operator by op.shift(damping), or pass an f defined on its spectrum"
         )
     return values
+
+
+def moved(f: ScalarFunction, nodes: Tensor, values: Tensor, distance: float) -> Tensor:
+    """``|f(θ + distance) − f(θ)|`` of all nodes (m,), given the values; 0 where f is not finite.
+
+    What rounding does to f(A), if it moves eigenvalues so far.
+    """
+    change = (f(nodes + distance).double() - values).abs()
+    return change.where(torch.isfinite(change), 0.0)

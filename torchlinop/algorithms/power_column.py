@@ -11,7 +11,9 @@ from torchlinop.algorithms.late_look import LateLook
 from torchlinop.algorithms.orthogonal import IN_SPAN, orthonormalize, real_dtype, removed
 from torchlinop.algorithms.products import Products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
+from torchlinop.algorithms.unit_scale import UnitScale
 
+_MOST = 1e30  # momentum in units of ‖A‖², as float32 holds it; of 1 on, nothing converges
 _PLANE = 32  # products, after which the plane of v and its residual is looked at
 
 
@@ -23,9 +25,11 @@ class Column:
     """
 
     def __init__(  # noqa: PLR0917  # internal: all that a column shares with the others
-        self, products: Products, X: Basis, i: int, target: Target, beta: float, norm: Tensor
-    ) -> None:
-        self.products, self.X, self.i, self.target, self.beta = products, X, i, target, beta
+        self, products: Products, A: UnitScale, X: Basis, i: int, target: Target, beta: float,
+        norm: Tensor,
+    ) -> None:  # fmt: skip
+        self.products, self.A, self.X, self.i = products, A, X, i
+        self.target, self.beta = target, beta
         self.space = products.operator.space
         self.norm = norm  # the largest ‖A v‖ so far, below ‖A‖
         self.mirrored: tuple[float, float] | None = None
@@ -69,7 +73,8 @@ class Column:
     def _advance(self) -> None:
         after = self.w
         if self.beta:
-            after = after.sub_(self.before, alpha=self.beta)
+            # By the first product its scale is known; before it, nothing is subtracted.
+            after = after.sub_(self.before, alpha=min(self.beta / self.A.scale**2, _MOST))
         length = self.space.norm(after)
         scale = torch.where(length > 0, 1 / length, 0.0).to(real_dtype(after))
         self.before = self.v * scale if self.beta else self.before

@@ -17,9 +17,10 @@ from torchlinop.algorithms.power_column import Column
 from torchlinop.algorithms.probes import checked_seed
 from torchlinop.algorithms.products import Products, run_of_products
 from torchlinop.algorithms.rayleigh_ritz import Projector, residual_block
-from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished
+from torchlinop.algorithms.ritz_result import Found, History, bytes_of, finished, scaled
 from torchlinop.algorithms.sizes import refuse_fractions, refuse_non_numbers
 from torchlinop.algorithms.starting_block import starting_block
+from torchlinop.algorithms.unit_scale import UnitScale
 from torchlinop.errors import OptionError, TorchlinopWarning
 from torchlinop.operators.base import CurvatureOperator
 
@@ -108,9 +109,10 @@ def deflated_power_iteration(
             "largest |λ|, or leave it out"
         )
     starts = starting_block(op, v0, k, seed)
-    with run_of_products(op, max_seconds=max_seconds, progress=progress) as products:
-        deflation = _Deflation(products, starts, target, momentum, max_iter, seed)
-        found = deflation.run()
+    A = UnitScale(op)
+    with run_of_products(A, max_seconds=max_seconds, progress=progress) as products:
+        deflation = _Deflation(products, A, starts, target, momentum, max_iter, seed)
+        found = scaled(deflation.run(), A.scale)
     return finished(products, found, target, seed=seed, strict=strict)
 
 
@@ -119,6 +121,7 @@ class _Deflation:
     """Pairs found one by one, each in the complement of those before."""
 
     products: Products
+    A: UnitScale  # what the products are of
     starts: Tensor  # (n, k) orthonormal
     target: Target
     momentum: float
@@ -137,7 +140,7 @@ class _Deflation:
         norm = torch.zeros((), dtype=torch.float64, device=self.starts.device)
         residuals: list[float] = []
         for i in range(self.target.k):
-            column = Column(self.products, self.X, i, self.target, self.momentum, norm)
+            column = Column(self.products, self.A, self.X, i, self.target, self.momentum, norm)
             stop: Status = "maxmatvecs"
             try:
                 column.iterate(self._start(i), self.max_iter, self.projector)
@@ -175,7 +178,7 @@ class _Deflation:
         row = torch.tensor(residuals, dtype=torch.float64)
         self.history.append((self.products.matvecs, small.values, row))
         if column.mirrored:
-            upper, lower = column.mirrored
+            upper, lower = (self.A.scale * value for value in column.mirrored)
             self.notes.append(
                 TorchlinopWarning(
                     f"{upper:.6g} and {lower:.6g} are both eigenvalues, of one magnitude up to "

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchlinop.errors import MemoryEstimateError, NonFiniteError, OptionError
+from torchlinop.algorithms.sizes import refuse_run
+from torchlinop.errors import MemoryEstimateError, NonFiniteError
 from torchlinop.model_state import full_precision
 from torchlinop.operators.base import CurvatureOperator
 from torchlinop.progress import products_shown
@@ -62,12 +63,7 @@ class Products:
         max_seconds: float = math.inf,
         notify: Callable[[int], object] = lambda columns: None,
     ) -> None:
-        if not math.isfinite(damping):
-            raise OptionError(f"expected a finite damping, got {damping}; pass damping=1e-3, say")
-        if not max_seconds > 0:
-            raise OptionError(
-                f"expected max_seconds to be positive, got {max_seconds}; leave it out"
-            )
+        refuse_run(damping, max_seconds)
         self.operator = operator
         self.damping = damping
         self.dtype = working_dtype(operator.dtype)

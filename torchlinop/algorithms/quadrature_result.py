@@ -25,7 +25,8 @@ from torchlinop.algorithms.estimates import (
     quantile,
     refuse_probability,
 )
-from torchlinop.algorithms.node_values import ScalarFunction, values_at
+from torchlinop.algorithms.node_values import ScalarFunction, moved, values_at
+from torchlinop.algorithms.products import roundoff
 from torchlinop.algorithms.result import Result
 from torchlinop.algorithms.smoothing import Bandwidth, refuse_bandwidth, smoothed_measure
 from torchlinop.errors import OptionError
@@ -33,6 +34,7 @@ from torchlinop.errors import OptionError
 _ATOM = 1e-5  # of ‖A‖: how sharply a Ritz value must be known to count as an eigenvalue
 _BULK = (0.01, 0.99)  # of the weight that is not in atoms
 _ASIDE = 0.1  # of the width of the bulk: how far from it an outlier is
+_MOVED = 4  # roundings in an eigenvalue, of those that all probes have in common
 _DECADES = 0.1  # default bandwidth of a density of log₁₀ |λ|
 
 
@@ -49,7 +51,9 @@ class SpectralSum(Result):
     """``tr f(A) = Σ f(λ_i)``, estimated."""
 
     estimate: float
-    stderr: float  # by the law of `of_probes`; infinite for a single one
+    # Of the mean over the probes, by the law of spheres, and at least what rounding does to
+    # eigenvalues; infinite for a single probe.
+    stderr: float
     samples: Tensor  # (probes,)
     matvecs: int
     seed: int
@@ -156,10 +160,16 @@ class Quadrature(Result):
         Raises:
             NonFiniteError: f is not finite at a node, and that node is not rounding of zero.
         """
-        weighted = [(rule.weights, values_at(f, rule.nodes, self.noise)) for rule in self.rules]
-        means = torch.stack([w @ values for w, values in weighted])
-        squares = [w @ (values - means.mean()) ** 2 for w, values in weighted]
+        rules = list(self.rules)
+        values = [values_at(f, rule.nodes, self.noise) for rule in rules]
+        means = torch.stack([r.weights @ y for r, y in zip(rules, values, strict=True)])
+        squares = [r.weights @ (y - means.mean()) ** 2 for r, y in zip(rules, values, strict=True)]
         mean, stderr = self._of_probes(means.mean(), torch.stack(squares).mean())
+        # Rounding moves the eigenvalues for all probes alike.
+        distance = _MOVED * roundoff(self.dtype) * max(map(abs, self.range))
+        pairs = zip(rules, values, strict=True)
+        moves = [r.weights @ moved(f, r.nodes, y, distance) for r, y in pairs]
+        stderr = torch.maximum(stderr, torch.stack(moves).mean())
         n = self.size
         return SpectralSum(
             n * float(mean), n * float(stderr), n * means, self.matvecs, self.seed, self.warnings

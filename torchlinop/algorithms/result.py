@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchlinop.articles import with_article
 from torchlinop.dtypes import dtype_named, name_of
 from torchlinop.errors import OptionError
 from torchlinop.parameters import ParameterLayout
@@ -75,8 +76,8 @@ class Result:
         _refuse_newer(path, header)
         if header.get("result") != cls.__name__ or header.get("format") != _FORMAT:
             raise OptionError(
-                f"expected a {cls.__name__} of format {_FORMAT} in {path}, got a "
-                f"{header.get('result', 'file of an operator')} of format "
+                f"expected {with_article(cls.__name__)} of format {_FORMAT} in {path}, got "
+                f"{with_article(header.get('result', 'file of an operator'))} of format "
                 f"{header.get('format')}; load it with the class that saved it"
             )
         return cls._of_file(path, tensors, header)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ class Found:
     basis_dtype: torch.dtype | None = None  # unless it is that of X
     notes: tuple[TorchlinopWarning, ...] = ()
     advice: Mapping[Status, str] = field(default_factory=dict)  # where it is not the usual
+
+
+def scaled(found: Found, scale: float) -> Found:
+    """The pairs of ``scale A``, as they are if the scale is a power of two."""
+    ritz = replace(
+        found.ritz,
+        values=found.ritz.values * scale,
+        residuals=found.ritz.residuals * scale,
+        norm=found.ritz.norm * scale,
+        floor=found.ritz.floor * scale,
+    )
+    history = [(matvecs, scale * values, scale * r) for matvecs, values, r in found.history]
+    return replace(found, ritz=ritz, history=history)
 
 
 def finished(

@@ -26,12 +26,12 @@ def refuse_non_numbers(**numbers: object) -> None:
             )
 
 
-def refuse_run(damping: object, max_seconds: object) -> None:
+def refuse_run(damping: float, max_seconds: float) -> None:
     """Raise OptionError unless the first is a finite number, and the second one above 0."""
     refuse_non_numbers(damping=damping, max_seconds=max_seconds)
-    if not -math.inf < damping < math.inf:  # type: ignore[operator]
+    if not -math.inf < damping < math.inf:
         raise OptionError(f"expected a finite damping, got {damping}; pass damping=1e-3, say")
-    if not max_seconds > 0:  # type: ignore[operator]
+    if not max_seconds > 0:
         raise OptionError(f"expected max_seconds to be positive, got {max_seconds}; leave it out")
 
 

@@ -35,9 +35,11 @@ def _edges(grid: Tensor) -> Tensor:
 
 def refuse_bandwidth(sigma: object) -> None:
     """Raise OptionError for what is no `Bandwidth`."""
-    number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
-    named = sigma == "range/m" if isinstance(sigma, str) else sigma is None
-    if not (named or (number and 0 < sigma < math.inf)):
+    if isinstance(sigma, int | float) and not isinstance(sigma, bool):
+        fits = 0 < sigma < math.inf
+    else:
+        fits = sigma is None or (isinstance(sigma, str) and sigma == "range/m")
+    if not fits:
         raise OptionError(
             f'expected sigma to be a positive number, None or "range/m", got {sigma!r}; '
             "leave it out"

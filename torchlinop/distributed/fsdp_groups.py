@@ -197,7 +197,7 @@ def refuse_torn_ties(model: nn.Module) -> None:
     first: dict[int, str] = {}
     for group in groups(model):
         for parameter in group.parameters:
-            name = names[id(parameter.sharded)]
+            name = names.get(id(parameter.sharded), "one that is replaced")
             if first.setdefault(parameter.origin, name) != name:
                 raise ShardingError(
                     f"expected tied parameters in one group of fully_shard, got "
