@@ -94,6 +94,7 @@ def test_every_example_has_a_title_and_says_what_it_shows(example):
     [
         ("benchmarks/products.md", "1.61 2.04"),
         ("benchmarks/gauss_newton/products.md", "1.94 1.97"),
+        ("benchmarks/long_vectors/solvers.md", "4,000,000"),
         ("benchmarks/estimators/solvers.md", "0.84 0.88 0.96 1.00 1.1e-03 3.2e-03"),
         ("cross_validation.md", "7,320"),
         ("concepts/differences.md", "7e-16 4.2"),
