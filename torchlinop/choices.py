@@ -17,6 +17,6 @@ def refuse_unknown(name: str, value: object, choices: Iterable[str]) -> None:
 
 def refuse_unknown_options(options: Mapping[str, object], known: Collection[str]) -> None:
     """Raise OptionError for a keyword that is not among ``known``."""
-    for name in options.keys() - known:
+    for name in sorted(options.keys() - known):
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
         raise OptionError(f"unknown option {name!r}; did you mean one of {', '.join(close)}?")
